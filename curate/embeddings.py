@@ -1,0 +1,254 @@
+"""Embeddings on disk, in the layout that clip-retrieval writes: one .npy per shard, memory-mapped.
+
+``img_emb/img_emb_0000.npy`` and ``text_emb/text_emb_0000.npy`` are (rows, d) float16 with unit
+rows, ``metadata/metadata_0000.parquet`` holds `uid`, `status`, `detail` and `text_status`, row by
+row. A row that could not be embedded is a row of zeros with a status that is not ``ok``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from curate.errors import ShardError
+from curate.manifest import atomic_path, read_manifest
+from curate.shards import write_parquet
+
+METADATA = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("status", pa.string()),
+        ("detail", pa.string()),
+        ("text_status", pa.string()),
+    ]
+)
+OK = "ok"
+BAD_EMBEDDING = "bad_embedding"
+MISSING = "missing"
+
+
+def image_path(folder: Path, part: int) -> Path:
+    """Return the path of a part's image embeddings."""
+    return folder / "img_emb" / f"img_emb_{part:04d}.npy"
+
+
+def text_path(folder: Path, part: int) -> Path:
+    """Return the path of a part's text embeddings."""
+    return folder / "text_emb" / f"text_emb_{part:04d}.npy"
+
+
+def metadata_path(folder: Path, part: int) -> Path:
+    """Return the path of a part's metadata."""
+    return folder / "metadata" / f"metadata_{part:04d}.parquet"
+
+
+def write_embedding_part(
+    folder: Path,
+    part: int,
+    *,
+    image: NDArray[np.float16],
+    text: NDArray[np.float16] | None,
+    metadata: pa.Table,
+) -> None:
+    """Write one part: the metadata last, since it is what marks the part as whole."""
+    for path, array in ((image_path(folder, part), image), (text_path(folder, part), text)):
+        if array is not None:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+    with atomic_path(metadata_path(folder, part)) as temporary:
+        write_parquet(temporary, metadata.cast(METADATA))
+
+
+def unit_float16(x: NDArray[np.floating]) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:
+    """Return rows scaled to length one as float16, and which of them have a direction at all.
+
+    Parameters
+    ----------
+    x : (n, d) float
+
+    Returns
+    -------
+    rows : (n, d) float16
+        Unit rows; zeros where there is none.
+    good : (n,) bool
+        False for rows that are zero or not finite.
+
+    Examples
+    --------
+    >>> unit_float16(np.array([[3.0, 4.0], [0.0, 0.0]]))[1].tolist()
+    [True, False]
+    """
+    wide = np.asarray(x, dtype=np.float32)
+    # Float32 holds the square of any float16 and of any embedding that a model makes.
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    good = np.isfinite(norm) & (norm > 1e-12)
+    scaled = np.zeros(wide.shape, dtype=np.float16)
+    scaled[good] = (wide[good] / norm[good, None]).astype(np.float16)
+    return scaled, good
+
+
+class ShardedRows:
+    """The rows of several memory-mapped arrays, as if they were one array, without a copy.
+
+    Parameters
+    ----------
+    parts : sequence of (n_i, d) arrays
+    index : (n,) int64, optional
+        Which rows to show, in ascending order; all of them by default.
+
+    Examples
+    --------
+    >>> rows = ShardedRows([np.zeros((2, 3)), np.ones((2, 3))])
+    >>> rows.shape, rows[1:3, ].tolist()
+    ((4, 3), [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    """
+
+    def __init__(
+        self, parts: Sequence[NDArray[np.float16]], index: NDArray[np.int64] | None = None
+    ) -> None:
+        if not parts:
+            raise ValueError("parts must hold at least one array")
+        self._parts = list(parts)
+        self._starts = np.cumsum([0] + [len(part) for part in parts])
+        self._index = index
+        self.dtype = parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and dimensions."""
+        rows = int(self._starts[-1]) if self._index is None else len(self._index)
+        return rows, int(self._parts[0].shape[1])
+
+    @property
+    def ndim(self) -> int:
+        """Two."""
+        return 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def subset(self, index: NDArray[np.int64]) -> ShardedRows:
+        """Return the rows of these numbers (of all the rows), still without a copy."""
+        if self._index is not None:
+            index = self._index[index]
+        return ShardedRows(self._parts, index)
+
+    def __getitem__(
+        self, item: slice | NDArray[np.int64] | tuple[slice | NDArray[np.int64]]
+    ) -> NDArray[np.float16]:
+        key = item[0] if isinstance(item, tuple) else item
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step != 1:
+                return self._gather(np.arange(start, stop, step))
+            if self._index is None:
+                return self._slice(start, max(start, stop))
+            return self._gather_absolute(self._index[start:stop])
+        return self._gather(np.asarray(key))
+
+    def _slice(self, start: int, stop: int) -> NDArray[np.float16]:
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        blocks = []
+        for part, offset in zip(self._parts[first:], self._starts[first:], strict=False):
+            if offset >= stop:
+                break
+            blocks.append(part[max(0, start - offset) : stop - offset])
+        if len(blocks) == 1:
+            return blocks[0]
+        return np.concatenate(blocks) if blocks else self._parts[0][:0]
+
+    def _gather(self, index: NDArray[np.int64]) -> NDArray[np.float16]:
+        return self._gather_absolute(index if self._index is None else self._index[index])
+
+    def _gather_absolute(self, index: NDArray[np.int64]) -> NDArray[np.float16]:
+        if len(self._parts) == 1:
+            return np.asarray(self._parts[0][index])
+        out = np.empty((len(index), self.shape[1]), dtype=self.dtype)
+        part_of = np.searchsorted(self._starts, index, side="right") - 1
+        for part in np.unique(part_of):
+            here = part_of == part
+            out[here] = self._parts[part][index[here] - self._starts[part]]
+        return out
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit embeddings of a pool, row by row, with the status of each row.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    parts : int
+        Number of parts; part *i* belongs to shard *i* of the pool.
+    """
+
+    path: Path
+    parts: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> Embeddings:
+        """Open a folder that `curate embed` or `curate prune` wrote.
+
+        Raises
+        ------
+        ShardError
+            If the folder is not one, or is not complete.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        if manifest is None or manifest.get("step") != "embed":
+            raise ShardError(f"{folder} holds no embeddings of this tool; make them: curate embed")
+        if not manifest["complete"]:
+            raise ShardError(f"{folder} is not complete; run the command that makes it again")
+        return cls(folder, int(manifest["parts"]))
+
+    @cached_property
+    def image(self) -> ShardedRows:
+        """(n, d) float16, unit rows, or zeros where `status` is not ok."""
+        return ShardedRows([_memory_map(image_path(self.path, i)) for i in range(self.parts)])
+
+    @cached_property
+    def text(self) -> ShardedRows | None:
+        """(n, d) float16 of the captions, or None for an image-only encoder."""
+        if not text_path(self.path, 0).exists():
+            return None
+        return ShardedRows([_memory_map(text_path(self.path, i)) for i in range(self.parts)])
+
+    def metadata(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return `uid`, `status`, `detail`, `text_status`, or those asked for."""
+        tables = [
+            pq.read_table(metadata_path(self.path, i), columns=columns, partitioning=None)
+            for i in range(self.parts)
+        ]
+        return pa.concat_tables(tables)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def _repr_html_(self) -> str:
+        statuses = self.metadata(["status"])["status"].value_counts().to_pylist()
+        rows = "".join(
+            f"<tr><td>{entry['values']}</td><td>{entry['counts']:,}</td></tr>" for entry in statuses
+        )
+        kind = "image and text" if self.text is not None else "image"
+        return (
+            f"<b>Embeddings</b>: {len(self):,} rows x {self.image.shape[1]} ({kind}, float16)"
+            f"<table><tr><th>status</th><th>rows</th></tr>{rows}</table>"
+        )
+
+
+def _memory_map(path: Path) -> NDArray[np.float16]:
+    try:
+        array: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path} is missing or damaged ({error}); remove its folder") from error
+    return array

@@ -1,0 +1,135 @@
+"""A selection: for each row of a pool whether it is kept, with which weight, and why."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curate.errors import ShardError
+from curate.manifest import read_manifest
+from curate.shards import part_path, read_parts
+
+LEDGER = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("kept", pa.bool_()),
+        ("weight", pa.float32()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("cluster", pa.int32()),
+        ("rank", pa.int32()),
+        ("cosine_distance", pa.float32()),
+        ("clip_score", pa.float32()),
+        ("duplicate_of", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The ledger of a selection, one row per pool row, in pool order.
+
+    Attributes
+    ----------
+    table : pyarrow.Table
+        `uid`, `kept`, `weight`, `reason` and the evidence columns of the ledger.
+    path : Path or None
+        The run's folder, if the selection was opened from one.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing, a dropped row has a weight, or a kept row has another reason.
+    """
+
+    table: pa.Table
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        missing = {"uid", "kept", "weight", "reason"} - set(self.table.column_names)
+        if missing:
+            raise ValueError(f"a selection needs the columns {sorted(missing)}")
+        kept = self.table["kept"]
+        if not pc.all(pc.equal(kept, pc.greater(self.table["weight"], 0))).as_py() and len(kept):
+            raise ValueError("a row is kept exactly if its weight is above 0")
+        if not pc.all(pc.equal(kept, pc.equal(self.table["reason"], "kept"))).as_py() and len(kept):
+            raise ValueError("a row is kept exactly if its reason is 'kept'")
+
+    @classmethod
+    def open(cls, path: str | Path) -> Selection:
+        """Open the selection of a run folder, or the ledger's folder itself.
+
+        Raises
+        ------
+        ShardError
+            If there is none, or it is not complete.
+        """
+        folder = Path(path)
+        ledger = folder if part_path(folder, 0).exists() else folder / "selection"
+        manifest = read_manifest(ledger) if ledger.is_dir() else None
+        if manifest is None or not manifest["complete"]:
+            raise ShardError(f"{folder} holds no complete selection; run curate prune first")
+        return cls(read_parts(ledger, int(manifest["parts"])), ledger.parent)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def kept_uids(self) -> list[str]:
+        """The uids of the kept rows, in pool order."""
+        uids: list[str] = self.table.filter(self.table["kept"])["uid"].to_pylist()
+        return uids
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Rows per reason, the most frequent first."""
+        pairs = self.table["reason"].value_counts().to_pylist()
+        pairs.sort(key=lambda pair: (-pair["counts"], pair["values"]))
+        return {pair["values"]: pair["counts"] for pair in pairs}
+
+    def __and__(self, other: Selection) -> Selection:
+        """Keep what both keep; a dropped row takes the reason of the first that dropped it."""
+        if not self.table["uid"].equals(other.table["uid"]):
+            raise ValueError("the two selections are not of the same rows in the same order")
+        here, there = self.table["kept"], other.table["kept"]
+        reason = pc.if_else(here, other.table["reason"], self.table["reason"])
+        weight = pc.min_element_wise(self.table["weight"], other.table["weight"])
+        names = ("kept", "weight", "reason")
+        table = self.table
+        for name, column in zip(names, (pc.and_(here, there), weight, reason), strict=True):
+            table = table.set_column(table.column_names.index(name), name, column)
+        return Selection(table)
+
+    def explain(self, uid: str) -> dict[str, object]:
+        """Return the ledger's row of one uid.
+
+        Raises
+        ------
+        KeyError
+            If the pool has no such uid.
+        """
+        found = self.table.filter(pc.equal(self.table["uid"], uid))
+        if found.num_rows == 0:
+            raise KeyError(f"no row has the uid {uid!r}")
+        row: dict[str, object] = found.to_pylist()[0]
+        return row
+
+    def __repr__(self) -> str:
+        kept = self.counts.get("kept", 0)
+        return f"Selection({kept:,} of {len(self):,} rows kept, {self.counts})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{html.escape(reason)}</td><td>{count:,}</td><td>{count / len(self):.2%}</td></tr>"
+            for reason, count in self.counts.items()
+        )
+        kept = self.counts.get("kept", 0)
+        return (
+            f"<b>Selection</b>: {kept:,} of {len(self):,} rows kept"
+            f"<table><tr><th>reason</th><th>rows</th><th>share</th></tr>{rows}</table>"
+        )
