@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Coreset selection on arrays: indices and weights."""

@@ -8,6 +8,7 @@ order of rows nor on the number of shards or workers.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,10 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+
+
+# Set in a worker process to its number: with several GPUs, "auto" gives each worker its own.
+WORKER_VARIABLE = "CURATE_WORKER"
 
 
 def rng(seed: int, *path: str | int) -> np.random.Generator:
@@ -91,7 +96,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        worker = int(os.environ.get(WORKER_VARIABLE, "0"))
+        return torch.device("cuda", worker % torch.cuda.device_count())
     try:
         resolved = torch.device(device)
     except RuntimeError as error:

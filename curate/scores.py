@@ -48,7 +48,8 @@ def clip_scores(image: NDArray[np.floating], text: NDArray[np.floating]) -> NDAr
         dot = np.einsum("ij,ij->i", a, b)
         lengths = np.sqrt(np.einsum("ij,ij->i", a, a) * np.einsum("ij,ij->i", b, b))
         similarity = np.clip(dot / lengths, -1.0, 1.0)
-    return (np.rint(similarity * _GRID) / _GRID).astype(np.float32)
+    rounded: NDArray[np.float32] = (np.rint(similarity * _GRID) / _GRID).astype(np.float32)
+    return rounded
 
 
 def best_scores(

@@ -125,7 +125,8 @@ class Selection:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td>{html.escape(reason)}</td><td>{count:,}</td><td>{count / len(self):.2%}</td></tr>"
+            f"<tr><td>{html.escape(reason)}</td><td>{count:,}</td>"
+            f"<td>{count / len(self):.2%}</td></tr>"
             for reason, count in self.counts.items()
         )
         kept = self.counts.get("kept", 0)

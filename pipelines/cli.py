@@ -1,0 +1,251 @@
+"""The `curate` command: parsing, messages and exit codes; the work is in the verbs' own modules.
+
+Exit codes: 0 done; 1 failed, or finished with more failed rows than --max-failed; 2 wrong usage;
+3 the data cannot meet the request; 130 interrupted (the same command continues).
+With CURATE_DEBUG=1 in the environment errors keep their traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import cyclopts
+from cyclopts import App, Group, Parameter
+
+from pipelines.config import (
+    DemoConfig,
+    EmbedConfig,
+    ExplainConfig,
+    PruneConfig,
+    ReportConfig,
+)
+
+OK, FAILED, WRONG_USAGE, CANNOT_BE_MET, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EPILOGUE = """Examples:
+
+curate prune --pool laion.parquet --keep 0.28
+
+curate prune --pool 'shards/*.parquet' --keep 0.5 --embeddings emb --clip-fraction 1
+
+curate embed --pool photos/ --model timm:vit_large_patch14_dinov2.lvd142m --out emb
+
+curate demo
+"""
+
+
+def _version() -> str:
+    try:
+        return version("curate-distill")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _one_line(error: Exception) -> str:
+    return "error: " + " ".join(str(error).split())
+
+
+app = App(
+    name="curate",
+    help="Prune, select and distil image-text datasets: exact counts, a reason for every row.",
+    help_epilogue=_EPILOGUE,
+    version=_version,
+    error_formatter=_one_line,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+
+_MESSAGES = Group("Messages and configuration", sort_key=9)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Messages:
+    """What every verb takes besides its parameters.
+
+    Attributes
+    ----------
+    config
+        TOML file of parameters; flags override it.
+    log_format
+        text for people, json for machines: one object per line on stderr.
+    """
+
+    config: Annotated[Path | None, Parameter(group=_MESSAGES)] = None
+    log_format: Annotated[Literal["text", "json"], Parameter(group=_MESSAGES)] = "text"
+
+
+def _default(messages: Messages | None) -> Messages:
+    return messages or Messages()
+
+
+@app.command
+def prune(config: PruneConfig, *, messages: Messages | None = None) -> int:
+    """Prune a pool to the kept fraction: drop duplicates, poor pairs and easy rows.
+
+    Exactly floor(keep * rows + 0.5) rows stay. The output folder holds the kept rows (pool/), a
+    ledger with the fate of every row (selection/) and report.html.
+    """
+    _set_up(messages)
+    if config.dry_run:
+        from pipelines.dry_run import describe_prune
+
+        return _write(describe_prune(config))
+    from pipelines.pruning import check_failed, run_prune
+    from pipelines.reporting import format_summary
+
+    selection = run_prune(config)
+    folder = selection.path or Path()
+    _write(format_summary(folder))
+    _write(f"kept rows   {folder / 'pool'}\nledger      {folder / 'selection'}")
+    _write(f"report      {folder / 'report.html'}")
+    check_failed(selection, config.max_failed)
+    return OK
+
+
+@app.command
+def embed(config: EmbedConfig, *, messages: Messages | None = None) -> int:
+    """Embed the images and captions of a pool, in the layout that clip-retrieval writes."""
+    _set_up(messages)
+    if config.dry_run:
+        from pipelines.dry_run import describe_embed
+
+        return _write(describe_embed(config))
+    from pipelines.embedding import check_failed, run_embed
+
+    embeddings = run_embed(config)
+    _write(f"embeddings  {embeddings.path} ({len(embeddings):,} x {embeddings.image.shape[1]})")
+    check_failed(embeddings, config.max_failed)
+    return OK
+
+
+@app.command
+def report(config: ReportConfig, *, messages: Messages | None = None) -> int:
+    """Write report.html of a run again."""
+    _set_up(messages)
+    from pipelines.reporting import write_report
+
+    return _write(f"report      {write_report(config.run, examples=config.examples)}")
+
+
+@app.command
+def explain(config: ExplainConfig, *, messages: Messages | None = None) -> int:
+    """Say what happened to rows of a run, and why: one JSON object per uid."""
+    _set_up(messages)
+    from curate.selection import Selection
+
+    selection = Selection.open(config.run)
+    for uid in config.uid:
+        _write(json.dumps(selection.explain(uid), ensure_ascii=False))
+    return OK
+
+
+@app.command
+def demo(config: DemoConfig | None = None, *, messages: Messages | None = None) -> int:
+    """Prune a small real pool, spoiled as the web is, and train on the result. Two minutes."""
+    _set_up(messages)
+    from pipelines.demo import run_demo
+
+    config = config or DemoConfig()
+    run_demo(config.out, seed=config.seed, stream=sys.stdout)
+    return OK
+
+
+def _set_up(messages: Messages | None) -> None:
+    from pipelines.logs import set_up
+
+    set_up(_default(messages).log_format)
+
+
+def _write(text: str) -> int:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+    return OK
+
+
+def _toml(tokens: list[str]) -> list[Callable[..., Any]]:
+    """Return cyclopts' reader for the file that --config names, if any.
+
+    The file holds the parameters of one verb at its top, or a table per verb.
+    """
+    path = _config_path(tokens)
+    if path is None:
+        return []
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _UsageError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _UsageError(f"--config {path} is not TOML: {error}") from error
+    verb = next((token for token in tokens if not token.startswith("-")), "")
+    by_verb = isinstance(content.get(verb), dict)
+    content = content[verb] if by_verb else content
+    return [cyclopts.config.Dict(content, source=str(path), use_commands_as_keys=False)]
+
+
+def _config_path(tokens: list[str]) -> Path | None:
+    for number, token in enumerate(tokens):
+        if token == "--config" and number + 1 < len(tokens):
+            return Path(tokens[number + 1])
+        if token.startswith("--config="):
+            return Path(token.removeprefix("--config="))
+    return None
+
+
+class _UsageError(Exception):
+    """Wrong usage that cyclopts does not see."""
+
+
+def _fail(code: int, message: object) -> int:
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+    return code
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Run the command and exit with its code."""
+    sys.exit(run(sys.argv[1:] if tokens is None else tokens))
+
+
+def run(tokens: list[str]) -> int:
+    """Run the command; return its exit code."""
+    try:
+        return _run(tokens)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted; the same command continues where it stopped")
+
+
+def _run(tokens: list[str]) -> int:
+    from curate.errors import BudgetError, CurateError
+
+    if os.environ.get("CURATE_DEBUG"):
+        app.config = _toml(tokens)
+        return app(tokens) or OK
+    try:
+        app.config = _toml(tokens)
+        result = app(tokens, exit_on_error=False, print_error=False)
+        return result if isinstance(result, int) else OK
+    except (cyclopts.CycloptsError, _UsageError, ValueError, TypeError) as error:
+        return _fail(WRONG_USAGE, error)
+    except BudgetError as error:
+        return _fail(CANNOT_BE_MET, error)
+    except KeyError as error:
+        return _fail(FAILED, error.args[0])
+    except (CurateError, ImportError) as error:
+        return _fail(FAILED, error)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(FAILED, f"{error.strerror or error}{where}")
+    except MemoryError:
+        return _fail(FAILED, "out of memory; a smaller --batch-size or fewer --workers need less")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail(FAILED, "the GPU is out of memory; a smaller --batch-size needs less")

@@ -1,0 +1,298 @@
+"""The parameters of each verb: field = flag = TOML key = manifest key, with its help text.
+
+The only place for the defaults of steps. Nothing heavy is imported here, since `curate --help`
+reads these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+
+_FRACTION = Parameter(validator=Number(gt=0, lte=1))
+_SHARE = Parameter(validator=Number(gte=0, lte=1))
+_POSITIVE = Parameter(validator=Number(gt=0))
+_DISTANCE = Parameter(validator=Number(gte=0, lte=2))
+_COUNT = Parameter(validator=Number(gte=0))
+_AT_LEAST_ONE = Parameter(validator=Number(gte=1))
+
+_POOL = Group("Pool", sort_key=1)
+_MODEL = Group("Embedding", sort_key=2)
+_DEDUP = Group("Duplicates", sort_key=3)
+_SCORE = Group("CLIP score", sort_key=4)
+_PRUNE = Group("Pruning", sort_key=5)
+_RUN = Group("Run", sort_key=6)
+
+DEFAULT_MAX_PIXELS = 89_478_485
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Which pool, and which of its columns are what.
+
+    Attributes
+    ----------
+    pool
+        Parquet file, folder or glob of Parquet shards, folder of WebDataset tars, clip-retrieval
+        or DataComp folder; s3:// and the like through fsspec.
+    image_col
+        Column of images: struct<bytes, path>, binary, or file paths. [default: by name]
+    text_col
+        Column of captions. [default: by name: text, caption, ...]
+    url_col
+        Column of addresses. [default: by name]
+    uid_col
+        Column of unique row ids. [default: uid, else derived from the content]
+    score_col
+        Column of CLIP scores to use instead of computing them. [default: by name, where there are
+        no caption embeddings]
+    embedding_col
+        Column of image embeddings. [default: by name]
+    image_root
+        Folder that image paths are relative to and must not leave. [default: the pool's folder]
+    """
+
+    pool: Annotated[str, Parameter(group=_POOL)]
+    image_col: Annotated[str | None, Parameter(group=_POOL)] = None
+    text_col: Annotated[str | None, Parameter(group=_POOL)] = None
+    url_col: Annotated[str | None, Parameter(group=_POOL)] = None
+    uid_col: Annotated[str | None, Parameter(group=_POOL)] = None
+    score_col: Annotated[str | None, Parameter(group=_POOL)] = None
+    embedding_col: Annotated[str | None, Parameter(group=_POOL)] = None
+    image_root: Annotated[Path | None, Parameter(group=_POOL)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the result goes and how the run behaves; none of it changes the result but the seed.
+
+    Attributes
+    ----------
+    out
+        Output folder. [default: NAME-pruned or NAME-embeddings beside the pool]
+    seed
+        Seed of everything that is drawn.
+    device
+        auto, cpu, cuda or cuda:1. Auto takes CUDA where there is one.
+    workers
+        Processes that decode, embed and write, each a shard at a time; with several GPUs, one each.
+    overwrite
+        Replace a result of other parameters in the same folder. Steps that are not affected are
+        used again.
+    dry_run
+        Print the steps, rows and bytes, and do nothing.
+    max_failed
+        Share of rows that may fail (broken, missing or huge images) before the command ends with
+        exit code 1. They are recorded in any case.
+    """
+
+    out: Annotated[Path | None, Parameter(group=_RUN)] = None
+    seed: Annotated[int, Parameter(group=_RUN), _COUNT] = 0
+    device: Annotated[str, Parameter(group=_RUN)] = "auto"
+    workers: Annotated[int, Parameter(group=_RUN), _AT_LEAST_ONE] = 1
+    overwrite: Annotated[bool, Parameter(group=_RUN, negative="")] = False
+    dry_run: Annotated[bool, Parameter(group=_RUN, negative="")] = False
+    max_failed: Annotated[float, Parameter(group=_RUN), _SHARE] = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which encoder, or embeddings that are there already.
+
+    Attributes
+    ----------
+    model
+        An open_clip model (ViT-B-32, hf-hub:...), a model configuration in JSON, or timm:NAME for
+        an image-only encoder (timm:vit_large_patch14_dinov2.lvd142m is the pruning paper's best).
+        [default: the embeddings that the pool brings, else ViT-B-32]
+    pretrained
+        open_clip's tag of the weights, a local file (.safetensors, .pt), or none for untrained
+        weights. [default: laion2b_s34b_b79k for ViT-B-32]
+    embeddings
+        Use this folder of embeddings instead of computing them (ours, or clip-retrieval's layout).
+    batch_size
+        Rows per forward pass.
+    precision
+        auto is fp32 on a CPU and bf16 on a GPU.
+    max_pixels
+        Images with more pixels are not decoded.
+    """
+
+    model: Annotated[str | None, Parameter(group=_MODEL)] = None
+    pretrained: Annotated[str | None, Parameter(group=_MODEL)] = None
+    embeddings: Annotated[Path | None, Parameter(group=_MODEL)] = None
+    batch_size: Annotated[int, Parameter(group=_MODEL), _AT_LEAST_ONE] = 64
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], Parameter(group=_MODEL)] = "auto"
+    max_pixels: Annotated[int, Parameter(group=_MODEL), _AT_LEAST_ONE] = DEFAULT_MAX_PIXELS
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(PoolConfig, ModelConfig, RunConfig):
+    """Embed a pool."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(PoolConfig, ModelConfig, RunConfig):
+    """Prune a pool.
+
+    Attributes
+    ----------
+    keep
+        Kept fraction of the pool's rows; exactly floor(keep * rows + 0.5) rows stay.
+    epsilon
+        Rows closer than this (cosine distance) are duplicates.
+    dedup_mode
+        max-earlier as the SemDeDup authors' code, greedy (compare with kept rows only),
+        connected-components (one row per group), or none.
+    dedup_keep
+        Which row of a group stays: the one of the highest CLIP score (hard where there is none),
+        the farthest from its centroid (hard), the nearest (easy), or random.
+    dedup_clusters
+        Clusters inside which duplicates are sought. Auto: one up to 20,000 rows (every pair is
+        compared), then sqrt(rows / 10).
+    clip_fraction
+        Share of the rows left that stays by CLIP score, never below the budget; 1 turns it off.
+        Auto: sqrt(keep).
+    min_clip_score
+        Drop rows whose CLIP score is below this.
+    clusters
+        Concept clusters. Auto: sqrt(rows) / 4, at most 500.
+    kmeans_iterations
+        Most passes of k-means over the rows.
+    backend
+        k-means by torch (auto) or by faiss.
+    preset
+        Values of temperature, neighbours and lower bound: the paper's (0.1, 20, 1 row) or those of
+        the authors' code (0.5, 20, half of an equal share).
+    temperature
+        Of the softmax over complexities; lower favours complex clusters more. [default: preset]
+    neighbours
+        Nearest centroids that d_inter averages over. [default: preset]
+    lower
+        Fewest rows that a cluster keeps. [default: preset]
+    lower_ratio
+        Fewest rows that a cluster keeps, as a fraction of an equal share. [default: preset]
+    allocation
+        Rows per cluster by complexity, or uniform (self-supervised prototypes).
+    which
+        Rows that stay inside a cluster: the farthest from the centroid (hard), the nearest (easy),
+        or random.
+    allow_fewer
+        Keep what there is where fewer rows survive than must be kept, instead of exit code 3.
+    """
+
+    keep: Annotated[float, Parameter(group=_PRUNE), _FRACTION]
+    epsilon: Annotated[
+        float, Parameter(group=_DEDUP), Parameter(validator=Number(gte=0, lte=2))
+    ] = 0.05
+    dedup_mode: Annotated[
+        Literal["max-earlier", "greedy", "connected-components", "none"], Parameter(group=_DEDUP)
+    ] = "max-earlier"
+    dedup_keep: Annotated[
+        Literal["clip-score", "hard", "easy", "random"], Parameter(group=_DEDUP)
+    ] = "clip-score"
+    dedup_clusters: Annotated[Literal["auto"] | int, Parameter(group=_DEDUP)] = "auto"
+    clip_fraction: Annotated[Literal["auto"] | float, Parameter(group=_SCORE)] = "auto"
+    min_clip_score: Annotated[float | None, Parameter(group=_SCORE)] = None
+    clusters: Annotated[Literal["auto"] | int, Parameter(group=_PRUNE)] = "auto"
+    kmeans_iterations: Annotated[int, Parameter(group=_PRUNE), _AT_LEAST_ONE] = 20
+    backend: Annotated[Literal["auto", "torch", "faiss"], Parameter(group=_PRUNE)] = "auto"
+    preset: Annotated[Literal["paper", "repo"], Parameter(group=_PRUNE)] = "paper"
+    temperature: Annotated[float | None, Parameter(group=_PRUNE), _POSITIVE] = None
+    neighbours: Annotated[int | None, Parameter(group=_PRUNE), _AT_LEAST_ONE] = None
+    lower: Annotated[int | None, Parameter(group=_PRUNE), _COUNT] = None
+    lower_ratio: Annotated[float | None, Parameter(group=_PRUNE), _SHARE] = None
+    allocation: Annotated[Literal["complexity", "uniform"], Parameter(group=_PRUNE)] = "complexity"
+    which: Annotated[Literal["hard", "easy", "random"], Parameter(group=_PRUNE)] = "hard"
+    allow_fewer: Annotated[bool, Parameter(group=_PRUNE, negative="")] = False
+
+    def __post_init__(self) -> None:
+        """Check what the types do not say; Python callers come here without the command line."""
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {self.keep}; for 28 percent pass 0.28")
+        if self.clip_fraction != "auto" and not 0 < self.clip_fraction <= 1:
+            raise ValueError(f"clip_fraction must be auto or in (0, 1], got {self.clip_fraction}")
+        for name in ("clusters", "dedup_clusters"):
+            value = getattr(self, name)
+            if value != "auto" and value < 1:
+                raise ValueError(f"{name} must be auto or at least 1, got {value}")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write the report of a run again.
+
+    Attributes
+    ----------
+    run
+        Folder that curate prune wrote.
+    examples
+        Example images per cluster and reason.
+    """
+
+    run: Path
+    examples: Annotated[int, Parameter(validator=Number(gte=0, lte=50))] = 6
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig:
+    """Say what happened to rows.
+
+    Attributes
+    ----------
+    run
+        Folder that curate prune wrote.
+    uid
+        The row's uid; may be given several times.
+    """
+
+    run: Path
+    uid: list[str]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Prune a small real pool and train on the result.
+
+    Attributes
+    ----------
+    out
+        Output folder.
+    seed
+        Seed of everything that is drawn.
+    """
+
+    out: Path = Path("curate-demo")
+    seed: int = 0
+
+
+def default_out(pool: str, what: str) -> Path:
+    """Return the folder beside the pool that a verb writes to without --out.
+
+    Examples
+    --------
+    >>> default_out("data/laion.parquet", "pruned").as_posix()
+    'data/laion-pruned'
+    """
+    if "://" in pool:
+        return Path(f"{Path(pool).stem}-{what}")
+    path = Path(pool)
+    while any(mark in path.name for mark in "*?["):
+        path = path.parent
+    path = path.resolve() if path.name in ("", "..") else path
+    return path.with_name(f"{path.stem if path.suffix else path.name}-{what}")
+
+
+def with_paths(options: dict[str, Any]) -> dict[str, Any]:
+    """Let Python callers name folders by strings."""
+    names = ("out", "embeddings", "image_root")
+    return {k: Path(v) if k in names and v is not None else v for k, v in options.items()}

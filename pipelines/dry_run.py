@@ -1,0 +1,98 @@
+"""`--dry-run`: the steps, rows and bytes of a run, from footers and headers alone."""
+
+from __future__ import annotations
+
+from curate.embeddings import Embeddings
+from curate.pool import Pool
+from pipelines.config import EmbedConfig, PruneConfig, default_out
+from pipelines.embed_workers import EncoderSpec
+from pipelines.pruning import clip_fraction, exact_budget, prune_options
+from pipelines.source import Source, open_pool, resolve_source
+from pipelines.stages import dedup_clusters, prune_clusters_count
+
+_LEDGER_BYTES = 80  # a row of the ledger, roughly, before compression
+
+
+def describe_embed(config: EmbedConfig) -> str:
+    """Return what `curate embed` would do."""
+    pool = open_pool(config)
+    source = resolve_source(pool, config)
+    out = config.out or default_out(config.pool, "embeddings")
+    return "\n".join([*_head(pool, config.pool), _embed_line(pool, source), f"writes    {out}"])
+
+
+def describe_prune(config: PruneConfig) -> str:
+    """Return what `curate prune` would do."""
+    pool = open_pool(config)
+    source = resolve_source(pool, config)
+    rows, budget = len(pool), exact_budget(config.keep, len(pool))
+    out = config.out or default_out(config.pool, "pruned")
+    options = prune_options(config)
+    lower = options["lower"] if options["lower_ratio"] is None else options["lower_ratio"]
+    lines = [
+        *_head(pool, config.pool),
+        f"index     {rows:,} uids ({'column' if pool.mapping.uid else 'derived from the content'})",
+        _embed_line(pool, source),
+        _score_line(pool, source, config),
+    ]
+    if config.dedup_mode != "none":
+        lines.append(
+            f"dedup     up to {rows:,} rows in {dedup_clusters(config, rows):,} clusters, "
+            f"epsilon {config.epsilon}, {config.dedup_mode}, keeps {config.dedup_keep}"
+        )
+    lines += [
+        f"cluster   k-means, at most {prune_clusters_count(config, rows):,} clusters, "
+        f"{config.kmeans_iterations} iterations, all rows",
+        f"prune     temperature {options['temperature']}, {options['neighbours']} neighbours, "
+        f"lower bound {lower}, {config.which} first",
+        f"export    {budget:,} rows, about {_bytes(pool.nbytes * budget // rows)}",
+        f"writes    {out} (ledger about {_bytes(rows * _LEDGER_BYTES)})",
+        "nothing was written: this was a dry run",
+    ]
+    return "\n".join(lines)
+
+
+def _head(pool: Pool, name: str) -> list[str]:
+    return [
+        f"pool      {name}: {len(pool):,} rows in {len(pool.shards):,} shards, "
+        f"{_bytes(pool.nbytes)}",
+        f"columns   {pool.mapping.describe()}",
+    ]
+
+
+def _embed_line(pool: Pool, source: Source) -> str:
+    if isinstance(source, EncoderSpec):
+        tag = f" {source.pretrained}" if source.pretrained else ""
+        towers = "images and captions" if pool.mapping.text else "images"
+        return (
+            f"embed     {len(pool):,} {towers} with {source.model}{tag}, "
+            f"{source.resolved_precision} on {source.device}"
+        )
+    if isinstance(source, Embeddings):
+        return f"embed     nothing to do: {source.path}"
+    width = source.rows_of(pool.shards[0])[0].shape[1]
+    size = len(pool) * width * 2
+    return f"embed     import {len(pool):,} x {width} embeddings ({source.kind}), {_bytes(size)}"
+
+
+def _score_line(pool: Pool, source: Source, config: PruneConfig) -> str:
+    fraction = clip_fraction(config)
+    if config.score_col or not isinstance(source, EncoderSpec):
+        origin = f"column {pool.mapping.score}" if pool.mapping.score else "the embeddings, if any"
+    else:
+        origin = "image and caption embeddings" if pool.mapping.text else "nothing: no captions"
+    return f"score     CLIP score from {origin}; the top {fraction:.3f} of the survivors stays"
+
+
+def _bytes(count: int) -> str:
+    """Return a size for people.
+
+    Examples
+    --------
+    >>> _bytes(900), _bytes(27_500_000)
+    ('900 B', '27.5 MB')
+    """
+    if count < 1000:
+        return f"{count} B"
+    power = min((len(str(count)) - 1) // 3, 4)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -1,0 +1,105 @@
+"""Where shards run. A task is the number of a shard: a worker reads and writes its own part.
+
+Nothing large passes through an executor, and resuming needs no support of it: the caller asks for
+the shards whose parts are missing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Protocol
+
+from curate.errors import CurateError
+from curate.runtime import WORKER_VARIABLE
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What a worker says about a shard that it finished."""
+
+    shard: int
+    rows: int
+
+
+Worker = Callable[[int], ShardReport]
+
+
+class Executor(Protocol):
+    """Anything that can run a worker over shards."""
+
+    def map(
+        self, make_worker: Callable[[], Worker], shards: Sequence[int]
+    ) -> Iterator[ShardReport]:
+        """Run the shards in any order; `make_worker` is called once in each process."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Runs shards in this process, or in spawned ones.
+
+    Processes are spawned, never forked: after any OpenMP work in the parent a forked child hangs.
+
+    Attributes
+    ----------
+    workers : int
+        Processes; 1 means this one.
+    """
+
+    workers: int = 1
+
+    def map(
+        self, make_worker: Callable[[], Worker], shards: Sequence[int]
+    ) -> Iterator[ShardReport]:
+        """Run the shards and yield their reports as they come."""
+        if not shards:
+            return
+        if self.workers == 1 or len(shards) == 1:
+            worker = make_worker()
+            yield from map(worker, shards)
+            return
+        workers = min(self.workers, len(shards))
+        context = multiprocessing.get_context("spawn")
+        numbers = context.Queue()
+        for number in range(workers):
+            numbers.put(number)
+        with ProcessPoolExecutor(
+            workers, context, initializer=_start, initargs=(make_worker, numbers, workers)
+        ) as processes:
+            futures = [processes.submit(_run, shard) for shard in shards]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise CurateError(
+                    "a worker process died (out of memory?); what it had finished is kept: "
+                    "run the same command again, perhaps with fewer --workers"
+                ) from error
+            finally:
+                for future in futures:
+                    future.cancel()
+
+
+_worker: Worker | None = None
+
+
+def _start(
+    make_worker: Callable[[], Worker], numbers: multiprocessing.Queue[int], workers: int
+) -> None:
+    global _worker
+    import torch
+
+    os.environ[WORKER_VARIABLE] = str(numbers.get())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    _worker = make_worker()
+
+
+def _run(shard: int) -> ShardReport:
+    if _worker is None:
+        raise RuntimeError("the worker process was not started")
+    return _worker(shard)

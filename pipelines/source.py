@@ -1,0 +1,187 @@
+"""Where a run's rows and embeddings come from: the pool, an encoder, or embeddings made before."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from curate.embeddings import Embeddings, ShardedRows
+from curate.errors import PoolError
+from curate.manifest import digest, read_manifest
+from curate.pool import Pool, Shard
+from curate.sources import SourceFile, fingerprint_file
+from pipelines.config import EmbedConfig, PoolConfig, PruneConfig
+from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec
+
+_DOWNLOAD = (
+    "img2dataset --url_list {pool} --input_format parquet --url_col {url}{caption} "
+    "--output_format parquet --output_folder {out}"
+)
+
+
+@dataclass(frozen=True)
+class FolderEmbeddings:
+    """A folder of clip-retrieval's layout that belongs to the pool row by row.
+
+    Attributes
+    ----------
+    path : Path
+    rows : int
+        Of the pool.
+    """
+
+    path: Path
+    rows: int
+
+    @cached_property
+    def _image(self) -> ShardedRows:
+        return _numbered_arrays(self.path, "img_emb", self.rows)
+
+    @cached_property
+    def _text(self) -> ShardedRows | None:
+        there = (self.path / "text_emb").is_dir()
+        return _numbered_arrays(self.path, "text_emb", self.rows) if there else None
+
+    def rows_of(self, shard: Shard) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Return the rows of a shard, as they are stored."""
+        span = slice(shard.first_row, shard.first_row + shard.rows)
+        return self._image[span], None if self._text is None else self._text[span]
+
+    def files(self) -> list[SourceFile]:
+        """Return the files, for the fingerprint."""
+        paths = sorted(self.path.glob("img_emb/*.npy")) + sorted(self.path.glob("text_emb/*.npy"))
+        return [
+            SourceFile(str(path), str(path.relative_to(self.path)), path.stat().st_size)
+            for path in paths
+        ]
+
+    @property
+    def kind(self) -> str:
+        """The layout's name."""
+        return "clip-retrieval"
+
+
+def _numbered_arrays(folder: Path, name: str, rows: int) -> ShardedRows:
+    paths = list((folder / name).glob(f"{name}_*.npy"))
+    if not paths:
+        raise PoolError(
+            f"{folder} holds no {name}/{name}_0000.npy; --embeddings takes a folder that "
+            "curate embed or clip-retrieval wrote"
+        )
+    paths.sort(key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    try:
+        arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+    except (OSError, ValueError) as error:
+        raise PoolError(f"{folder / name} holds a damaged file: {error}") from error
+    shapes = {array.shape[1:] for array in arrays}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        raise PoolError(f"{folder / name} holds arrays of different widths: {sorted(shapes)}")
+    total = sum(map(len, arrays))
+    if total != rows:
+        raise PoolError(
+            f"{folder / name} holds {total:,} rows, the pool has {rows:,}: they must be of the "
+            "same rows in the same order"
+        )
+    return ShardedRows(arrays)
+
+
+Source = EncoderSpec | Embeddings | Any
+
+
+def open_pool(config: PoolConfig) -> Pool:
+    """Open the pool that a verb's flags name."""
+    return Pool.open(
+        config.pool,
+        image_col=config.image_col,
+        text_col=config.text_col,
+        url_col=config.url_col,
+        uid_col=config.uid_col,
+        score_col=config.score_col,
+        embedding_col=config.embedding_col,
+        image_root=config.image_root,
+    )
+
+
+def pool_path(pool: Pool) -> str:
+    """Return a path that opens a pool again."""
+    files = pool.source.files
+    alone = len(files) == 1 and pool.source.layout == "files"
+    return files[0].path if alone else pool.source.root
+
+
+def resolve_source(pool: Pool, config: EmbedConfig | PruneConfig) -> Source:
+    """Decide between an encoder, the embeddings that the pool brings, and a folder of them.
+
+    Raises
+    ------
+    PoolError
+        If there are only URLs, or the folder is not of this pool.
+    """
+    if config.embeddings is not None:
+        return _folder(pool, config.embeddings)
+    asks_for_model = config.model is not None or config.pretrained is not None
+    if pool.bundled_embeddings is not None and not asks_for_model:
+        return pool.bundled_embeddings
+    if pool.mapping.image is None and pool.url_only:
+        caption = f" --caption_col {pool.mapping.text}" if pool.mapping.text else ""
+        command = _DOWNLOAD.format(
+            pool=config.pool,
+            url=pool.mapping.url,
+            caption=caption,
+            out=f"{Path(config.pool).stem}-images",
+        )
+        raise PoolError(
+            f"{config.pool} holds addresses but no images and no embeddings. Download them first "
+            f"(pip install 'curate-distill[download]'): {command}"
+        )
+    return EncoderSpec(
+        model=config.model or DEFAULT_MODEL,
+        pretrained=config.pretrained,
+        device=config.device,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        max_pixels=config.max_pixels,
+    )
+
+
+def _folder(pool: Pool, path: Path) -> Source:
+    if not path.is_dir():
+        raise PoolError(f"--embeddings {path} is not a folder")
+    if (path / "manifest.json").exists():
+        manifest = read_manifest(path) or {}
+        inner = path / "embeddings"
+        if manifest.get("step") == "prune" and inner.is_dir():
+            return Embeddings.open(inner)
+        return Embeddings.open(path)
+    # A wrong length shows here, before anything is written. Another object is handed on: this one
+    # holds memory maps, which a worker process must make for itself.
+    FolderEmbeddings(path, len(pool)).rows_of(pool.shards[0])
+    return FolderEmbeddings(path, len(pool))
+
+
+def source_fingerprint(source: Source) -> str:
+    """Return the hash of what decides the embeddings."""
+    if isinstance(source, Embeddings):
+        return str((read_manifest(source.path) or {}).get("fingerprint"))
+    if isinstance(source, EncoderSpec):
+        return digest(source.params())
+    state = hashlib.sha256()
+    for file in source.files():
+        state.update(fingerprint_file(file))
+    return state.hexdigest()
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """Return what the manifest says about the embeddings."""
+    if isinstance(source, EncoderSpec):
+        return {"encoder": source.params()}
+    if isinstance(source, Embeddings):
+        return {"embeddings": source.path.name}
+    return {"imported": source.kind}

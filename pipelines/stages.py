@@ -1,0 +1,405 @@
+"""The steps of pruning between the embeddings and the ledger; each a folder that can be resumed.
+
+Arrays here have one entry per pool row, in pool order. What is written is cut into the pool's
+shards again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from curate import dedup, kmeans
+from curate.embeddings import Embeddings
+from curate.manifest import StepFolder, atomic_path, open_step
+from curate.pool import Pool
+from curate.progress import task
+from curate.runtime import row_keys
+from curate.scores import clip_scores
+from curate.shards import missing_parts, read_parts, write_part
+from pipelines.config import PruneConfig
+from pipelines.indexing import uid_ranks
+
+logger = logging.getLogger(__name__)
+
+_PAIRS_EXACTLY = 20_000
+
+
+@dataclass
+class PoolRows:
+    """What the driver holds of a pool: a few numbers per row, never an image or a caption.
+
+    Attributes
+    ----------
+    pool : Pool
+    uids : pyarrow.ChunkedArray of string
+    ranks : (n,) uint64
+        Place of the uid among all uids: what breaks ties.
+    """
+
+    pool: Pool
+    uids: pa.ChunkedArray
+    ranks: NDArray[np.uint64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Rank the uids."""
+        self.ranks = uid_ranks(self.uids)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def random_keys(self, seed: int, purpose: str) -> NDArray[np.uint64]:
+        """Return one random number per row that only the uid and the seed decide."""
+        return row_keys((uid.as_py() for uid in self.uids), seed, purpose)
+
+    def write(self, folder: Path, columns: dict[str, pa.Array | NDArray[Any]]) -> None:
+        """Write columns of the whole pool as parts, those that are missing."""
+        for index in missing_parts(folder, len(self.pool.shards)):
+            shard = self.pool.shards[index]
+            cut = {
+                name: column[shard.first_row : shard.first_row + shard.rows]
+                for name, column in columns.items()
+            }
+            uid = self.uids.slice(shard.first_row, shard.rows)
+            write_part(folder, index, pa.table({"uid": uid, **cut}))
+
+    def read(self, folder: Path, columns: Sequence[str]) -> pa.Table:
+        """Read columns of all parts."""
+        return read_parts(folder, len(self.pool.shards), columns)
+
+    @property
+    def parts(self) -> int:
+        """Number of shards."""
+        return len(self.pool.shards)
+
+
+def floats(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Return a column as float32, null as NaN."""
+    values: NDArray[np.float32] = column.cast(pa.float32()).to_numpy().astype(np.float32)
+    return values
+
+
+def nullable(values: NDArray[Any], there: NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
+    """Return an array with null where a row has no value."""
+    return pa.array(values, kind, mask=~there)
+
+
+def row_set_fingerprint(rows: NDArray[np.bool_]) -> str:
+    """Return the hash of a set of rows, which is an input of the steps that run on it."""
+    return hashlib.sha256(np.packbits(rows).tobytes()).hexdigest()
+
+
+# --- CLIP score -------------------------------------------------------------------------------
+
+
+def score_source(pool: Pool, embeddings: Embeddings, config: PruneConfig) -> str | None:
+    """Say where CLIP scores come from: a column, the embeddings, or nowhere (None)."""
+    if config.score_col is not None:
+        return f"column {pool.mapping.score}"
+    if embeddings.text is not None:
+        return "embeddings"
+    return f"column {pool.mapping.score}" if pool.mapping.score else None
+
+
+def score_step(
+    rows: PoolRows, embeddings: Embeddings, embed: StepFolder, folder: Path, source: str
+) -> tuple[StepFolder, NDArray[np.float32]]:
+    """Score every pair; NaN where the image or the caption has no embedding, or no score."""
+    step = open_step(
+        folder,
+        step="score",
+        step_version=1,
+        params={"source": source},
+        inputs={"embeddings": embed.fingerprint},
+        overwrite=True,
+    )
+    if not step.complete:
+        todo = missing_parts(folder, rows.parts)
+        done = len(rows) - sum(rows.pool.shards[i].rows for i in todo)
+        with task("score", total=len(rows), done=done) as advance:
+            for index in todo:
+                score = _shard_scores(rows.pool, embeddings, index, source)
+                shard = rows.pool.shards[index]
+                uid = rows.uids.slice(shard.first_row, shard.rows)
+                there = np.isfinite(score)
+                column = nullable(score, there, pa.float32())
+                write_part(folder, index, pa.table({"uid": uid, "clip_score": column}))
+                advance(shard.rows)
+        step.finish(rows=len(rows), parts=rows.parts)
+    return step, floats(rows.read(folder, ["clip_score"])["clip_score"])
+
+
+def _shard_scores(
+    pool: Pool, embeddings: Embeddings, index: int, source: str
+) -> NDArray[np.float32]:
+    shard = pool.shards[index]
+    if source == "embeddings":
+        span = slice(shard.first_row, shard.first_row + shard.rows)
+        if embeddings.text is None:
+            raise RuntimeError("the embeddings hold no captions")
+        return clip_scores(embeddings.image[span], embeddings.text[span])
+    batches = pool.batches(65_536, shards=[shard], columns=[str(pool.mapping.score)])
+    columns = [floats(pa.chunked_array([batch.column(0)])) for batch in batches]
+    return np.concatenate(columns) if columns else np.empty(0, np.float32)
+
+
+# --- duplicates -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """For every row its duplicate, if it is one, and the evidence.
+
+    Attributes
+    ----------
+    duplicate_of : (n,) int64
+        Pool row that stands for this one; -1 if it is no duplicate.
+    """
+
+    step: StepFolder
+    duplicate_of: NDArray[np.int64]
+
+
+def dedup_clusters(config: PruneConfig, rows: int) -> int:
+    """Return the number of clusters inside which duplicates are sought."""
+    if config.dedup_clusters != "auto":
+        return min(int(config.dedup_clusters), max(rows, 1))
+    return 1 if rows <= _PAIRS_EXACTLY else round(math.sqrt(rows / 10))
+
+
+def dedup_step(
+    rows: PoolRows,
+    embeddings: Embeddings,
+    embed: StepFolder,
+    folder: Path,
+    *,
+    alive: NDArray[np.bool_],
+    score: NDArray[np.float32] | None,
+    score_fingerprint: str,
+    config: PruneConfig,
+) -> Duplicates:
+    """Find the duplicates among the rows that are alive.
+
+    What is stored does not depend on epsilon (except in the greedy mode), so that another epsilon
+    is a threshold on it.
+    """
+    keep = effective_dedup_keep(config, score)
+    params: dict[str, Any] = {
+        "dedup_mode": config.dedup_mode,
+        "dedup_keep": keep,
+        "dedup_clusters": dedup_clusters(config, int(alive.sum())),
+        "kmeans_iterations": config.kmeans_iterations,
+        "backend": config.backend,
+        "seed": config.seed,
+    }
+    if config.dedup_mode == "greedy":
+        params["epsilon"] = config.epsilon
+    inputs = {"embeddings": embed.fingerprint, "rows": row_set_fingerprint(alive)}
+    if keep == "clip-score":
+        inputs["scores"] = score_fingerprint
+    step = open_step(
+        folder, step="dedup", step_version=1, params=params, inputs=inputs, overwrite=True
+    )
+    if not step.complete:
+        nearest, similarity = _evidence(rows, embeddings, folder, alive, score, keep, config)
+        there = nearest >= 0
+        taken = rows.uids.take(pa.array(np.where(there, nearest, 0))).combine_chunks()
+        columns = {
+            "nearest": pa.compute.if_else(pa.array(there), taken, pa.scalar(None, pa.string())),
+            "nearest_row": nullable(nearest, there, pa.int64()),
+            "cosine_similarity": nullable(similarity, np.isfinite(similarity), pa.float32()),
+        }
+        rows.write(folder, columns)
+        step.finish(rows=len(rows), parts=rows.parts)
+    table = rows.read(folder, ["nearest_row", "cosine_similarity"])
+    nearest = table["nearest_row"].fill_null(-1).to_numpy()
+    similarity = floats(table["cosine_similarity"])
+    return Duplicates(step, _threshold(nearest, similarity, config))
+
+
+def effective_dedup_keep(config: PruneConfig, score: NDArray[np.float32] | None) -> str:
+    """Return which duplicate stays: the hardest where there is no CLIP score."""
+    no_score = config.dedup_keep == "clip-score" and score is None
+    return "hard" if no_score else config.dedup_keep
+
+
+def _evidence(
+    rows: PoolRows,
+    embeddings: Embeddings,
+    folder: Path,
+    alive: NDArray[np.bool_],
+    score: NDArray[np.float32] | None,
+    keep: str,
+    config: PruneConfig,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    k = dedup_clusters(config, int(alive.sum()))
+    label = "clusters for dedup"
+    clustered = cluster_rows(rows, embeddings, folder, alive, k, config, label=label)
+    priority: NDArray[np.float64] | None = None
+    if keep == "clip-score" and score is not None:
+        priority = score.astype(np.float64)
+    elif keep == "easy":
+        priority = -clustered.cosine_distance.astype(np.float64)
+    elif keep == "random":
+        priority = rows.random_keys(config.seed, "dedup").astype(np.float64)
+    options: dict[str, Any] = {
+        "mode": config.dedup_mode,
+        "priority": priority,
+        "keys": rows.ranks,
+        "device": config.device,
+    }
+    x = embeddings.image
+    with task("dedup", total=int(alive.sum())) as advance:
+        if config.dedup_mode == "greedy":
+            found = dedup.find_duplicates(
+                x, clustered.cluster, clustered.cosine_distance, epsilon=config.epsilon, **options
+            )
+        else:
+            found = dedup.duplicate_evidence(
+                x, clustered.cluster, clustered.cosine_distance, **options
+            )
+        advance(int(alive.sum()))
+    return found
+
+
+def _threshold(
+    nearest: NDArray[np.int64], similarity: NDArray[np.float32], config: PruneConfig
+) -> NDArray[np.int64]:
+    if config.dedup_mode == "greedy":
+        return nearest
+    return dedup.threshold_duplicates(
+        nearest, similarity, epsilon=config.epsilon, mode=config.dedup_mode
+    )
+
+
+# --- clusters ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clustered:
+    """The cluster of every row (-1 for rows left out), its distance (NaN there), the centroids."""
+
+    cluster: NDArray[np.int32]
+    cosine_distance: NDArray[np.float32]
+    centroids: NDArray[np.float32]
+
+
+def cluster_rows(
+    rows: PoolRows,
+    embeddings: Embeddings,
+    folder: Path,
+    alive: NDArray[np.bool_],
+    k: int,
+    config: PruneConfig,
+    *,
+    label: str,
+    note: Callable[..., None] | None = None,
+) -> Clustered:
+    """Cluster the rows that are alive; the centroids are kept in case the rest is interrupted."""
+    cluster = np.full(len(rows), -1, dtype=np.int32)
+    distance = np.full(len(rows), np.nan, dtype=np.float32)
+    index = np.flatnonzero(alive)
+    path = folder / "centroids.npy"
+    if len(index) == 0:
+        centroids = np.empty((0, embeddings.image.shape[1]), np.float32)
+        _save_array(path, centroids)
+        return Clustered(cluster, distance, centroids)
+    x = embeddings.image.subset(index)
+    if path.exists():
+        centroids = np.load(path, allow_pickle=False)
+    else:
+        centroids = _fit(x, k, rows.ranks[index], config, label, note)
+        _save_array(path, centroids)
+    cluster[index], distance[index] = kmeans.assign(x, centroids, device=config.device)
+    return Clustered(cluster, distance, centroids)
+
+
+def _fit(
+    x: Any,
+    k: int,
+    keys: NDArray[np.uint64],
+    config: PruneConfig,
+    label: str,
+    note: Callable[..., None] | None,
+) -> NDArray[np.float32]:
+    with task(label, total=config.kmeans_iterations, unit="iterations") as advance:
+        result = kmeans.fit(
+            x,
+            k,
+            iterations=config.kmeans_iterations,
+            seed=config.seed,
+            backend=config.backend,
+            device=config.device,
+            keys=keys,
+            progress=lambda done, total: advance(1),
+        )
+    if note is not None:
+        note(
+            objective=result.objective,
+            iterations=result.iterations,
+            empty_clusters=result.empty_clusters,
+            backend=result.backend,
+        )
+    return result.centroids
+
+
+def _save_array(path: Path, array: NDArray[Any]) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def prune_clusters_count(config: PruneConfig, rows: int) -> int:
+    """Return the number of concept clusters for that many rows."""
+    if config.clusters != "auto":
+        return min(int(config.clusters), max(rows, 1))
+    return int(min(500, max(1, round(math.sqrt(rows) / 4))))
+
+
+def cluster_step(
+    rows: PoolRows,
+    embeddings: Embeddings,
+    embed: StepFolder,
+    folder: Path,
+    *,
+    alive: NDArray[np.bool_],
+    config: PruneConfig,
+) -> tuple[StepFolder, Clustered]:
+    """Put the rows that are left into concept clusters."""
+    k = prune_clusters_count(config, int(alive.sum()))
+    step = open_step(
+        folder,
+        step="cluster",
+        step_version=1,
+        params={
+            "clusters": k,
+            "kmeans_iterations": config.kmeans_iterations,
+            "backend": config.backend,
+            "seed": config.seed,
+        },
+        inputs={"embeddings": embed.fingerprint, "rows": row_set_fingerprint(alive)},
+        overwrite=True,
+    )
+    if not step.complete:
+        found = cluster_rows(
+            rows, embeddings, folder, alive, k, config, label="cluster", note=step.record
+        )
+        columns = {
+            "cluster": nullable(found.cluster, alive, pa.int32()),
+            "cosine_distance": nullable(found.cosine_distance, alive, pa.float32()),
+        }
+        rows.write(folder, columns)
+        step.finish(rows=len(rows), parts=rows.parts, clusters=k)
+        return step, found
+    table = rows.read(folder, ["cluster", "cosine_distance"])
+    cluster = table["cluster"].fill_null(-1).to_numpy().astype(np.int32)
+    distance = floats(table["cosine_distance"])
+    return step, Clustered(cluster, distance, np.load(folder / "centroids.npy", allow_pickle=False))
