@@ -230,11 +230,13 @@ def _npz_headers(path: str) -> dict[str, _Header]:
     return headers
 
 
-def _datacomp(source: Source, rows: Sequence[int]) -> BundledEmbeddings:
+def _datacomp(source: Source, rows: Sequence[int]) -> BundledEmbeddings | None:
     pairs = [(file, str(embeddings_beside(file.path))) for file in source.files]
     headers = [_npz_headers(path) for _, path in pairs]
     common = set.intersection(*(set(found) for found in headers))
     model = next((name for name in _NPZ_PREFERENCE if f"{name}_img" in common), None)
+    if not any(name.endswith("_img") for found in headers for name in found):
+        return None  # some other .npz that happens to share the name
     if model is None:
         raise PoolError(
             f"{pairs[0][1]} and its neighbours have no array l14_img or b32_img in common; found "

@@ -37,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     which the run that continues overwrites.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(_temporary(path.name))
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -47,6 +47,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _fsync_folder(path.parent)
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.tmp"
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
@@ -179,7 +183,8 @@ def open_step(
             raise FingerprintError(describe_difference(path, manifest, identity))
         if not keep_content:
             _clear(path)
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(child.name != _temporary(NAME) for child in path.iterdir()):
+        # A run that was killed in its first moment leaves nothing but the temporary manifest.
         raise FingerprintError(
             f"{path} holds files but no {NAME}: it was not made by this tool and is left alone. "
             "Choose another --out"

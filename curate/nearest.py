@@ -61,7 +61,7 @@ class RankedRows:
         """Return the float32 rows of these ranks, checked."""
         if self._held is None:
             return self.rows.read(self.members[ranks], check=True)
-        if ranks[-1] - ranks[0] == len(ranks) - 1:
+        if (np.diff(ranks) == 1).all():  # a tile: no copy
             return self._held[int(ranks[0]) : int(ranks[-1]) + 1]
         return self._held[torch.from_numpy(ranks).to(self._held.device)]
 

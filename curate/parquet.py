@@ -19,7 +19,8 @@ IMAGE_SHARD_ROWS, METADATA_SHARD_ROWS = 16_384, 65_536
 SHARD_BYTES = 1 << 30
 #: A batch is cut short before it grows beyond this, whatever number of rows was asked for.
 BATCH_BYTES = 256 << 20
-# Without a buffer the reader holds a whole column chunk: all images of a row group.
+# Without a buffer the reader holds a whole column chunk. With one it holds a page, which many
+# writers, pyarrow among them, let grow as large as a row group of up to 1024 images.
 _READ_BUFFER = 4 << 20
 _FOOTER_THREADS = 8
 

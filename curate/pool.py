@@ -174,6 +174,15 @@ class Pool:
         folder = _image_folder(found, schema, mapping, image_root)
         return cls(found, schema, mapping, shards, folder, bundled, sum(counts))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # pyarrow's own pickling forgets the names of list items, and so the exported bytes would
+        # depend on whether the pool went to another process.
+        return {**self.__dict__, "schema": self.schema.serialize().to_pybytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        schema = pa.ipc.read_schema(pa.BufferReader(state["schema"]))
+        self.__dict__.update(state, schema=schema)
+
     def __len__(self) -> int:
         return self._rows
 

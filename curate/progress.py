@@ -62,17 +62,19 @@ def _lines(label: str, total: int, unit: str, done: int) -> Iterator[Advance]:
     start = last = time.monotonic()
     count = done
 
-    def line(now: float) -> None:
+    def line(now: float, *, last: bool) -> None:
         rate = (count - done) / max(now - start, 1e-9)
         left = (total - count) / rate if rate > 0 else float("nan")
+        so_far = f"{count:,}" if last else f"{count:,} of {total:,}"
+        end = f"in {_duration(now - start)}" if last else f"{_duration(left)} left"
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
         logger.info(
-            "%s: %s of %s %s, %s/s, %s left",
+            "%s: %s %s %s (%s/s)",
             label,
-            f"{count:,}",
-            f"{total:,}",
+            so_far,
             unit,
-            f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}",
-            _duration(left),
+            end,
+            speed,
             extra={
                 "event": "progress",
                 "step": label,
@@ -80,7 +82,7 @@ def _lines(label: str, total: int, unit: str, done: int) -> Iterator[Advance]:
                 "total": total,
                 "unit": unit,
                 "rate": round(rate, 3),
-                "seconds_left": None if left != left else round(left, 1),
+                "seconds_left": 0.0 if last else None if left != left else round(left, 1),
             },
         )
 
@@ -90,10 +92,10 @@ def _lines(label: str, total: int, unit: str, done: int) -> Iterator[Advance]:
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            line(now)
+            line(now, last=False)
 
     yield advance
-    line(time.monotonic())
+    line(time.monotonic(), last=True)
 
 
 @contextmanager

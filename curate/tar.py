@@ -1,7 +1,7 @@
 """Read samples from tar shards (WebDataset, img2dataset) without extracting anything.
 
-The headers are parsed here and not by `tarfile`, which takes about eight times as long to walk
-the 30,000 members of a shard, and a pool has thousands of shards to count before work starts.
+The headers are parsed here and not by `tarfile`, which takes more than twice as long to walk the
+30,000 members of a shard: a pool can have thousands of shards to count before work starts.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class _Headers:
                 size = self._size
             start = position + _BLOCK
             position = start + -(-size // _BLOCK) * _BLOCK
-            if start + size > self._end:
+            # The padding counts: whoever wrote the member wrote that too.
+            if position > self._end:
                 raise _DamagedError("it ends within a member")
             if kind in (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX, _PAX_GLOBAL):
                 self._note(kind, start, size)

@@ -92,10 +92,9 @@ def _start(
     make_worker: Callable[[], Worker], numbers: multiprocessing.Queue[int], workers: int
 ) -> None:
     global _worker
-    import torch
-
     os.environ[WORKER_VARIABLE] = str(numbers.get())
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    # Read when torch is loaded, which only the workers that embed do.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     _worker = make_worker()
 
 

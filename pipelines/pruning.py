@@ -417,7 +417,9 @@ class _Prune:
         )
         facts = {
             "pool": {
-                "path": self.config.pool,
+                "path": str(Path(pool_path(self.pool)).absolute())
+                if not self.pool.source.remote
+                else self.config.pool,
                 "mapping": asdict(self.pool.mapping),
                 "image_root": None
                 if self.config.image_root is None

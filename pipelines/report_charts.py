@@ -45,8 +45,8 @@ class Scale:
 
     def ticks(self, most: int) -> list[tuple[float, str]]:
         """Return round values on the axis, with their text."""
-        if self.log:
-            return [(value, count_text(value)) for value in self._log_ticks(most)]
+        if self.log and len(decades := self._log_ticks(most)) > 1:
+            return [(value, count_text(value)) for value in decades]
         step = round_step((self.high - self.low) / most)
         first = math.ceil(self.low / step - 1e-6)
         last = math.floor(self.high / step + 1e-6)
@@ -152,7 +152,7 @@ def kept_by_size_chart(size: NDArray[np.int64], kept: NDArray[np.int64], *, name
     places = np.where(kept > 0, y.place(np.maximum(kept, bottom)), y.start + lane * 0.6)
     share = float(kept.sum() / size.sum())
     lines = [Line((lowest, most), (lowest, most))]
-    if 0 < share < 0.97:
+    if share > 0:
         lines.append(Line((lowest, most), (lowest * share, most * share)))
     parts = _frame(x, y, "rows of the cluster", "rows kept")
     if lane:

@@ -138,31 +138,30 @@ def collect_examples(
     pictures, note = collect_pictures(
         summary.manifest, {p: str(evidence[p]["uid"]) for p in places}, _part_rows(run), pool
     )
-
-    def rows(group: Group) -> tuple[Row, ...]:
-        return tuple(_row(evidence[p], pictures[p]) for p in groups.get(group, []))
-
-    def cluster_rows(positions: Sequence[int]) -> tuple[ClusterExamples, ...]:
-        names = [(i, str(clusters.cluster[i])) for i in positions] if clusters else []
-        return tuple(
-            ClusterExamples(i, rows(("cluster", n, "kept")), rows(("cluster", n, "dropped")))
-            for i, n in names
-        )
-
+    shown = {place: _row(evidence[place], pictures[place]) for place in places}
+    rows = {group: tuple(shown[place] for place in found) for group, found in groups.items()}
     return Examples(
-        most_pruned=cluster_rows(most),
-        least_pruned=cluster_rows(least),
-        duplicates=tuple(
-            (
-                _row(evidence[a], pictures[a]),
-                None if b is None else _row(evidence[b], pictures[b]),
-            )
-            for a, b in pairs
-        ),
-        reasons={reason: rows(("reason", reason)) for reason in reasons},
+        most_pruned=_cluster_rows(clusters, most, rows),
+        least_pruned=_cluster_rows(clusters, least, rows),
+        duplicates=tuple((shown[a], None if b is None else shown[b]) for a, b in pairs),
+        reasons={reason: rows.get(("reason", reason), ()) for reason in reasons},
         shards_read=len(read),
         shards=len(parts),
         note=note if places else None,
+    )
+
+
+def _cluster_rows(
+    clusters: ClusterTable | None, positions: Sequence[int], rows: Mapping[Group, tuple[Row, ...]]
+) -> tuple[ClusterExamples, ...]:
+    named = [(i, str(clusters.cluster[i])) for i in positions] if clusters else []
+    return tuple(
+        ClusterExamples(
+            position,
+            rows.get(("cluster", name, "kept"), ()),
+            rows.get(("cluster", name, "dropped"), ()),
+        )
+        for position, name in named
     )
 
 

@@ -17,6 +17,7 @@ from pipelines.report_charts import (
 )
 from pipelines.report_examples import Examples
 from pipelines.report_figures import ClusterTable, Figures, Histogram
+from pipelines.report_pictures import pool_record
 from pipelines.report_strips import clusters_section, reasons_section
 from pipelines.report_style import STYLE
 from pipelines.report_text import STAGES, attribute, percent, plain, reason_text, safe, value_text
@@ -65,12 +66,11 @@ def render(summary: RunSummary, figures: Figures, examples: Examples) -> str:
 
 
 def _header(summary: RunSummary) -> str:
-    pool = summary.manifest.get("inputs", {}).get("pool", {})
-    # A plain fingerprint instead of a record is all that another step's manifest has.
-    pool = pool if isinstance(pool, Mapping) else {"fingerprint": pool}
+    pool = pool_record(summary.manifest)
     source = {"pool": pool.get("path"), **(pool.get("mapping") or {})}
     source |= {"image root": pool.get("image_root"), "pool fingerprint": pool.get("fingerprint")}
     source |= {"run fingerprint": summary.fingerprint, "clusters": summary.manifest.get("clusters")}
+    source |= {"embeddings from": summary.manifest.get("source")}
     source |= dict(summary.manifest.get("environment", {}))
     source |= dict(summary.manifest.get("versions", {}))
     warnings = "".join(
@@ -153,7 +153,12 @@ def _reason_table(summary: RunSummary) -> str:
 
 def _gloss(reason: str) -> str:
     words = reason_text(reason)
-    return "" if words == reason else f'<br><span class="muted">{safe(words)}</span>'
+    # The name of a filter is all that there is to say about it.
+    return (
+        ""
+        if words == reason or reason.startswith("filtered:")
+        else f'<br><span class="muted">{safe(words)}</span>'
+    )
 
 
 def _number(value: int, sign: str = "") -> str:
@@ -191,17 +196,17 @@ def _clip_figure(data: Histogram | None, summary: RunSummary) -> str:
     if data is None:
         return ""
     low = summary.counts.get("low_clip_score", 0)
-    cut = f"cut {data.mark:.3f}" if data.mark is not None else ""
+    cut = f"{data.mark:.3f}" if data.mark is not None else ""
     chart = histogram_chart(
         data,
         name="clip-score",
         title=f"CLIP score of {_of(data)} rows, kept and dropped",
         x_label="CLIP score",
-        mark_label=cut,
+        mark_label=f"cut {cut}",
     )
     text = "The caption's agreement with the image."
     if data.mark is not None:
-        text += f" {low:,} rows were dropped for it: the lowest score that passed is {cut[4:]}."
+        text += f" {low:,} rows were dropped for it: the lowest score that passed is {cut}."
     return _figure(chart, "CLIP score", _KEPT_KEYS, text + _remainder(data))
 
 
@@ -242,9 +247,9 @@ def _of(data: Histogram) -> str:
 
 
 def _remainder(data: Histogram) -> str:
-    text = f" {data.missing:,} rows have no value." if data.missing else ""
+    text = f" Rows without a value: {data.missing:,}." if data.missing else ""
     if data.beyond:
-        text += f" {data.beyond:,} rows beyond the axis are counted at its ends."
+        text += f" Rows beyond the axis, counted at its ends: {data.beyond:,}."
     return text
 
 
@@ -264,7 +269,7 @@ def _scatter_section(clusters: ClusterTable | None) -> str:
         kept_by_size_chart(clusters.size, clusters.kept, name="by-size"),
         "Kept rows by size",
         "",
-        f"{each} Upper line: all rows kept; lower line: the same share of every cluster.{nothing}",
+        f"{each} The lines: every row kept, and the same share of every cluster.{nothing}",
     )
     overall = float(clusters.kept.sum() / clusters.size.sum())
     share = share_by_complexity_chart(
@@ -282,15 +287,19 @@ def _scatter_section(clusters: ClusterTable | None) -> str:
         )
     )
     return (
-        f"<section>\n<h2>Clusters</h2>\n<p>{int(clusters.size.sum()):,} rows in {held:,} clusters, "
-        f'{_quartiles(clusters)}.</p>\n<div class="pair">{by_size}{by_complexity}</div>\n</section>'
+        f"<section>\n<h2>Clusters</h2>\n<p>{_sizes(clusters)}</p>"
+        f'\n<div class="pair">{by_size}{by_complexity}</div>\n</section>'
     )
 
 
-def _quartiles(clusters: ClusterTable) -> str:
+def _sizes(clusters: ClusterTable) -> str:
     size = clusters.size[clusters.size > 0]
     low, middle, high = (round(float(q)) for q in np.quantile(size, [0, 0.5, 1]))
-    return f"of {low:,} to {high:,} rows, half of them of {middle:,} or fewer"
+    rows = f"{int(size.sum()):,} rows in"
+    if len(size) == 1:
+        return f"{rows} one cluster."
+    spread = f"of {low:,} to {high:,} rows, half of them of {middle:,} or fewer"
+    return f"{rows} {len(size):,} clusters, {spread}."
 
 
 def _footer(summary: RunSummary) -> str:

@@ -32,12 +32,19 @@ class Picture:
     thumbnail : bytes or None
         A JPEG, at most 96 pixels high and wide.
     problem : str
-        Why there is no thumbnail.
+        Why there is no thumbnail; empty if the row was not read.
     """
 
     caption: str | None = None
     thumbnail: bytes | None = None
     problem: str = ""
+
+
+def pool_record(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the pool: path, mapping, image_root and fingerprint."""
+    given = manifest.get("inputs", {}).get("pool")
+    found = dict(given) if isinstance(given, Mapping) else {"fingerprint": given}
+    return found | dict(manifest.get("pool", {}))
 
 
 def collect_pictures(
@@ -64,7 +71,7 @@ def collect_pictures(
     (dict of (shard, row) to Picture, str or None)
         A picture for every row, and why there are none if the pool cannot be read.
     """
-    nothing = {place: Picture(problem="not read") for place in uids}
+    nothing = dict.fromkeys(uids, Picture())
     if not uids:
         return nothing, None
     try:
@@ -88,7 +95,7 @@ def _open(manifest: Mapping[str, Any]) -> Pool:
     """
     from curate.pool import Pool
 
-    recorded = manifest["inputs"]["pool"]
+    recorded = pool_record(manifest)
     names = {f"{role}_col": name or "" for role, name in recorded["mapping"].items()}
     # Naming an embedding column is not the same as finding it: the pool may bring embeddings in
     # files of its own. Which of the two it was is not recorded, hence both are tried.

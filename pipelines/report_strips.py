@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pipelines.report_examples import ClusterExamples, Examples, Row
 from pipelines.report_figures import ClusterTable
+from pipelines.report_pictures import Picture
 from pipelines.report_text import DASH, attribute, number, percent, plain, reason_text, safe
 
 
@@ -68,17 +69,20 @@ def _strip(name: str, rows: Sequence[Row]) -> str:
 def _tile(row: Row, says: str = "") -> str:
     caption = row.picture.caption
     short = plain(caption) if caption else ""
-    if row.picture.thumbnail is None:
+    image = text = ""
+    if row.picture.problem:
         image = f'<span class="blank">{safe(row.picture.problem)}</span>'
-    else:
+    if row.picture.thumbnail is not None:
         data = base64.b64encode(row.picture.thumbnail).decode("ascii")
         alternative = attribute(short, 100) or "image without a caption"
         image = f'<img alt="{alternative}" src="data:image/jpeg;base64,{data}">'
-    text = safe(short) if short else '<span class="muted">no caption</span>'
+    if row.picture != Picture():
+        shown = safe(short) if short else '<span class="muted">no caption</span>'
+        text = f'<span class="caption" dir="auto">{shown}</span>'
     measured = says or (f"score {number(row.clip_score)}" if row.clip_score is not None else "")
     return (
-        f'<div class="tile">{image}<span class="caption" dir="auto">{text}</span>'
-        f'{measured}<span class="code" title="uid {attribute(row.uid, 200)}">'
+        f'<div class="tile">{image}{text}{measured}'
+        f'<span class="code" title="uid {attribute(row.uid, 200)}">'
         f"{safe(row.uid, 64)}</span></div>"
     )
 

@@ -52,7 +52,7 @@ figure { margin: 0; min-width: 0; }
 figcaption { margin-top: 0.3rem; }
 figure + .scroll { margin-top: 1.6rem; }
 figcaption b { color: var(--ink); font-weight: 600; }
-.key { margin-right: 0.6em; white-space: nowrap; }
+.key { margin: 0 0.3em; white-space: nowrap; }
 .key::before { content: ""; display: inline-block; width: 0.7em; height: 0.7em;
   margin-right: 0.4em; }
 .key.one::before { background: var(--first); }

@@ -17,6 +17,7 @@ DASH = "\u2013"
 REASONS = {
     "kept": "kept",
     "decode_failed": "the image could not be decoded",
+    "bad_embedding": "no usable embedding",
     "low_clip_score": "CLIP score below the cut",
     "no_clip_score": "no CLIP score",
     "duplicate": "near-duplicate of another row",
@@ -24,7 +25,8 @@ REASONS = {
 }
 
 STAGES = {
-    "decode": "Decoded",
+    "decode": "Decoded and embedded",
+    "filter": "Passed the filters",
     "dedup": "Not a duplicate",
     "clip_score": "CLIP score high enough",
     "prune": "Chosen within the budget",

@@ -267,9 +267,10 @@ def write_report(run: Path, *, examples: int = 6, pool: Pool | None = None) -> P
         raise ValueError(f"examples is {examples}; it must be from 0 to {MOST_EXAMPLES}")
     run = Path(run)
     summary = summarise(run)
+    epsilon = summary.manifest.get("params", {}).get("epsilon")
     figures = collect_figures(
         run,
-        epsilon=summary.manifest.get("params", {}).get("epsilon"),
+        epsilon=float(epsilon) if isinstance(epsilon, int | float) else None,
         low_scores=summary.counts.get("low_clip_score", 0) > 0,
     )
     shown = collect_examples(run, summary, figures.clusters, count=examples, pool=pool)

@@ -1,0 +1,95 @@
+"""Killed half-way and continued is the same as never killed, byte for byte but for times."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import MakePool, embedded_table, tree
+
+Kill = dict[str, float]
+
+
+class Server:
+    """The process that runs and kills commands (killing.py)."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("killing.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the helper process died"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def run(self, arguments: list[str], **kill: float | str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"arguments": arguments, **kill}) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+def finish_after_kills(server: Server, arguments: list[str], kills: list[Kill], log: Path) -> int:
+    """Run with one kill after another, then to the end; return how many kills struck."""
+    struck = 0
+    for kill in kills:
+        struck += server.run(arguments, **kill, log=str(log))["killed"]
+    end = server.run(arguments, log=str(log))
+    assert end == end | {"killed": False, "code": 0}, log.read_text()
+    return struck
+
+
+def check_kills(
+    server: Server, command: list[str], tmp_path: Path, *, chains: int, by_time: int
+) -> int:
+    whole = tmp_path / "whole"
+    uninterrupted = server.run([*command, "--out", str(whole)], log=str(tmp_path / "log"))
+    assert uninterrupted["code"] == 0, (tmp_path / "log").read_text()
+    expected = tree(whole)
+    rng = np.random.default_rng(0)
+    events, seconds = uninterrupted["events"], uninterrupted["seconds"]
+    struck = 0
+    for chain in range(chains):
+        # The kills of a chain fall on ever later moments of what is left, over all the stages.
+        kills = [{"kill_at_event": int(rng.integers(1, max(2, events // 3)))} for _ in range(4)]
+        kills += [{"kill_after": float(rng.uniform(0, 0.6 * seconds))} for _ in range(by_time)]
+        out = tmp_path / f"killed-{chain}"
+        struck += finish_after_kills(
+            server, [*command, "--out", str(out)], kills, tmp_path / f"log-{chain}"
+        )
+        found = tree(out)
+        assert found.keys() == expected.keys()
+        for name, content in expected.items():
+            assert found[name] == content, name
+    return struck
+
+
+def test_killed_at_random_moments(server: Server, make_pool: MakePool, tmp_path: Path) -> None:
+    """At least 20 kills, over all stages, on a pool of four shards."""
+    pool = make_pool(embedded_table(400), shards=4)
+    command = ["prune", "--pool", str(pool), "--keep", "0.3", "--clusters", "6"]
+    assert check_kills(server, command, tmp_path, chains=5, by_time=2) >= 20
