@@ -96,8 +96,8 @@ def _load_error(
             f"{model}--pretrained FILE.safetensors"
         )
     return ModelError(
-        f"the download of {what}{where} failed: {reason}.\n{remedy}, or set HF_HOME to a cache that "
-        "holds them (HF_HUB_OFFLINE=1), or bring ready vectors with --embeddings DIR"
+        f"the download of {what}{where} failed: {reason}.\n{remedy}, or set HF_HOME to a cache "
+        "that holds them (HF_HUB_OFFLINE=1), or bring ready vectors with --embeddings DIR"
     )
 
 

@@ -417,7 +417,7 @@ class _Prune:
         )
         facts = {
             "pool": {
-                "path": str(Path(pool_path(self.pool)).absolute())
+                "path": str(Path(pool_path(self.pool)).resolve())
                 if not self.pool.source.remote
                 else self.config.pool,
                 "mapping": asdict(self.pool.mapping),
