@@ -197,10 +197,10 @@ def _softmax(scores: NDArray[np.float64], temperature: float) -> NDArray[np.floa
     real = np.flatnonzero(~np.isnan(scores))
     if len(real) == 0:
         return share
-    highest = scores[real].max()
+    highest = float(scores[real].max())
     # Scalar exp and an exactly rounded sum: a vectorised loop may round the last elements of an
     # array differently, and then a cluster's number would matter.
-    powers = [math.exp((score - highest) / temperature) for score in scores[real]]
+    powers = [math.exp((score - highest) / float(temperature)) for score in scores[real].tolist()]
     share[real] = np.array(powers) / math.fsum(powers)
     return share
 

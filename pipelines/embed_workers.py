@@ -48,6 +48,11 @@ class EncoderSpec:
     max_pixels: int = 89_478_485
 
     @property
+    def rows_per_pass(self) -> int:
+        """The batch size as the encoder rounds it, so that no pass is padded but the last."""
+        return -(-self.batch_size // 16) * 16
+
+    @property
     def resolved_precision(self) -> str:
         """The precision that auto stands for on this machine, since it changes the result."""
         if self.precision != "auto":
@@ -149,7 +154,7 @@ class EmbedWorker:
             if tensor is not None:
                 numbers.append(row)
                 tensors.append(tensor)
-            if len(numbers) == self.spec.batch_size:
+            if len(numbers) == self.spec.rows_per_pass:
                 flush()
             self.advance(1)
         if numbers:
@@ -160,7 +165,7 @@ class EmbedWorker:
     ) -> Iterator[tuple[str, str | None, torch.Tensor | None]]:
         """Decode ahead of the encoder by a few batches, never by a whole shard."""
         pending: deque[Future[tuple[str, str | None, torch.Tensor | None]]] = deque()
-        rows = min(self.spec.batch_size, 256)
+        rows = min(self.spec.rows_per_pass, 256)
         for batch in self.pool.samples(self.pool.shards[shard], rows=rows):
             texts += batch["text"].to_pylist()
             for data, why in zip(batch["image"], batch["detail"], strict=True):
@@ -188,8 +193,8 @@ class EmbedWorker:
         if not self.encoder.has_text or self.pool.mapping.text is None:
             return None, status
         out = np.zeros((len(texts), self.encoder.width), dtype=np.float16)
-        for start in range(0, len(there), self.spec.batch_size):
-            rows = there[start : start + self.spec.batch_size]
+        for start in range(0, len(there), self.spec.rows_per_pass):
+            rows = there[start : start + self.spec.rows_per_pass]
             vectors, good = unit_float16(self.encoder.encode_texts([str(texts[r]) for r in rows]))
             out[rows] = vectors
             for row in np.asarray(rows)[~good]:

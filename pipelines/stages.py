@@ -103,7 +103,7 @@ def row_set_fingerprint(rows: NDArray[np.bool_]) -> str:
 
 def score_source(pool: Pool, embeddings: Embeddings, config: PruneConfig) -> str | None:
     """Say where CLIP scores come from: a column, the embeddings, or nowhere (None)."""
-    if config.score_col is not None:
+    if config.score_col:
         return f"column {pool.mapping.score}"
     if embeddings.text is not None:
         return "embeddings"

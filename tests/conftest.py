@@ -63,6 +63,46 @@ def embedded_table(n: int, *, seed: int = 0, images: bool = True, **options: obj
     return pa.table(columns)
 
 
+def image_table(n: int, *, seed: int = 0) -> pa.Table:
+    """A pool of images and captions to decode and embed; every tenth image is broken."""
+    rng = np.random.default_rng(seed)
+    images = [png(rng, 24) for _ in range(n)]
+    broken = [b"", b"<html>not found</html>", images[0][:60], None]
+    for number, row in enumerate(range(5, n, 10)):
+        images[row] = broken[number % len(broken)]
+    captions = [f"picture {i} of {['cat', 'dog', 'bird'][i % 3]}" for i in range(n)]
+    captions[n // 2] = ""
+    cells = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images)]
+    return pa.table({"image": pa.array(cells, IMAGE), "caption": captions})
+
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": 2,
+        "width": 32,
+        "head_width": 16,
+        "patch_size": 8,
+    },
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+
+
+@pytest.fixture
+def tiny_clip(tmp_path: Path) -> Path:
+    """The configuration of an open_clip model that runs in milliseconds."""
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY_CLIP))
+    return path
+
+
 @pytest.fixture
 def make_pool(tmp_path: Path) -> MakePool:
     """Write a table as a pool of one file, or of several."""

@@ -99,13 +99,16 @@ def check_whole(out: Path, rows: int, kept: int) -> pa.Table:
         assert is_complete(out / step), step
     assert (out / "report.html").exists()
     assert not list(out.rglob("*.tmp"))
-    ledger = pq.read_table(out / "selection")
-    exported = pq.read_table(out / "pool", partitioning=None)
+    ledger, exported = parts_of(out / "selection"), parts_of(out / "pool")
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     assert ledger.num_rows == rows == sum(counts.values())
     assert "" not in ledger["reason"].unique().to_pylist()
     assert sum(ledger["kept"].to_pylist()) == kept == exported.num_rows == counts.get("kept", 0)
     return ledger
+
+
+def parts_of(folder: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
 
 
 def vectors(n: int, d: int = 8, seed: int = 0) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -240,13 +241,7 @@ def test_weights(curate: Command, pictures: Path, tmp_path: Path) -> None:
         assert not trap.exists()
         for path in (tmp_path / "run").rglob("*"):  # another file is another result
             assert path.is_dir() or path.name == "manifest.json" or path.parent.name == "index"
-        _remove(tmp_path / "run")
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
+        shutil.rmtree(tmp_path / "run")
 
 
 # --- machines ---------------------------------------------------------------------------------
@@ -281,6 +276,4 @@ def test_other_verbs(curate: Command, pool: Path, tmp_path: Path) -> None:
     ended = curate("explain", "--run", tmp_path / "run", "--uid", "someone's")
     check_error(ended, 1, "someone's", "no row")
     ended = curate("report", "--run", tmp_path / "run", "--examples", "999")
-    check_error(ended, 2, "examples")
-    ended = curate("report", "--run", tmp_path / "run", "--examples", "20")
-    assert ended.code in (0, 2), "what the flag allows must work, or not be allowed"
+    check_error(ended, 2, "examples", "to 12|<= ")

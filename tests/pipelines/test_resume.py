@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import MakePool, embedded_table, tree
+from tests.conftest import MakePool, embedded_table, image_table, tree
 
 Kill = dict[str, float]
 
@@ -42,8 +42,10 @@ class Server:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,13 @@ def test_killed_at_random_moments(server: Server, make_pool: MakePool, tmp_path:
     pool = make_pool(embedded_table(400), shards=4)
     command = ["prune", "--pool", str(pool), "--keep", "0.3", "--clusters", "6"]
     assert check_kills(server, command, tmp_path, chains=5, by_time=2) >= 20
+
+
+def test_killed_while_decoding_and_embedding(
+    server: Server, make_pool: MakePool, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """The same with images that are decoded and embedded, some of them broken."""
+    pool = make_pool(image_table(150), shards=5)
+    command = ["prune", "--pool", str(pool), "--keep", "0.3", "--epsilon", "1e-6"]
+    command += ["--model", str(tiny_clip), "--pretrained", "none", "--batch-size", "16"]
+    assert check_kills(server, command, tmp_path, chains=2, by_time=3) >= 8
