@@ -149,6 +149,16 @@ def test_shards_of_different_lengths(curate: Command, tmp_path: Path) -> None:
     check_refused(ended, 1, tmp_path / "run", "5.*8|8.*5", "one length|width")
 
 
+def test_own_files_of_different_lengths(curate: Command, tmp_path: Path) -> None:
+    """The same in the pool's own .npy files, as clip-retrieval leaves them beside the metadata."""
+    folder = write_embeddings(tmp_path / "pool", vectors(10, 8), vectors(10, 5))
+    for shard in range(2):
+        rows = table(20, embedding=None).slice(10 * shard, 10)
+        write(folder / "metadata" / f"metadata_{shard}.parquet", rows)
+    ended = curate.prune(folder, tmp_path / "run")
+    check_refused(ended, 1, tmp_path / "run", "img_emb", "5.*8|8.*5", "one length|width")
+
+
 # --- --embeddings of another pool -------------------------------------------------------------
 
 
@@ -231,7 +241,6 @@ def test_pickles_are_not_opened(curate: Command, pool: Path, tmp_path: Path) -> 
     ended = curate.prune(tmp_path / "datacomp", tmp_path / "run")
     check_refused(ended, 1, tmp_path / "run", r"a\.npz", "object|float|pickle")
 
-    pool.joinpath("x.npy").write_bytes(b"")
     raw = (folder / "img_emb" / "img_emb_0000.npy").read_bytes()
     (folder / "img_emb" / "img_emb_0000.npy").write_bytes(raw[raw.index(b"\x80") :])  # bare pickle
     shutil.rmtree(folder / "metadata")

@@ -54,11 +54,12 @@ def greedy(s, members, threshold, duplicate_of, evidence):
 
 
 def components(s, members, threshold, duplicate_of, evidence):
-    """The evidence of a row is the largest threshold at which it is not first in its component."""
-    for level in np.unique(s):
-        for j, first in enumerate(first_of_component(s >= level)):
-            if first != j:
-                evidence[members[j]] = level
+    """The evidence is the best path to an earlier row, a path being as good as its worst pair."""
+    path = s.copy()
+    for via in range(len(s)):
+        path = np.maximum(path, np.minimum(path[:, via, None], path[None, via, :]))
+    for j in range(1, len(s)):
+        evidence[members[j]] = path[j, :j].max()
     for j, first in enumerate(first_of_component(s > threshold)):
         if first != j:
             duplicate_of[members[j]] = members[first]
