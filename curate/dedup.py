@@ -231,6 +231,7 @@ def _ranked(
     keys: NDArray[np.uint64] | None,
 ) -> list[NDArray[np.int64]]:
     """Return the rows of each cluster of two rows or more, the one that stays first."""
+    cluster, cosine_distance = np.asarray(cluster), np.asarray(cosine_distance)
     check_clusters(cluster, cosine_distance)
     score = np.asarray(cosine_distance if priority is None else priority, dtype=np.float64)
     for name, values in (("cluster", cluster), ("priority", score)):

@@ -298,12 +298,15 @@ def _add_up(
     target = torch.cat((after, before[had]))
     sign = torch.ones(len(target), dtype=torch.float64, device=block.device)
     sign[len(after) :] = -1.0
+    # Positions among the rows `at`: those that come, then again those that had a cluster.
+    position = torch.arange(len(at), device=block.device)
+    position = torch.cat((position, position[had]))
     target, order = target.sort()
     touched, counts = torch.unique_consecutive(target, return_counts=True)
     # Sums of runs of rows: 20 times as fast as index_add_ on a CPU, and exact like it.
     sums[touched] += torch.nn.functional.embedding_bag(
-        torch.cat((at, at[had]))[order],
-        block.double(),
+        position[order],
+        (block if len(at) == len(block) else block[at]).double(),
         counts.cumsum(0) - counts,
         mode="sum",
         per_sample_weights=sign[order],

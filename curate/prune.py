@@ -62,7 +62,15 @@ def prune_by_complexity(
     cosine_distance: NDArray[np.float32],
     centroids: NDArray[np.float32],
     budget: int,
-    **options: Any,
+    *,
+    temperature: float = 0.1,
+    neighbours: int = 20,
+    lower: int = 1,
+    lower_ratio: float | None = None,
+    which: str = "hard",
+    allocation: str = "complexity",
+    keys: NDArray[np.uint64] | None = None,
+    seed: int = 0,
 ) -> NDArray[np.bool_]:
     """Return the rows to keep: `prune_clusters` without the account of why.
 
@@ -70,13 +78,18 @@ def prune_by_complexity(
     ----------
     cluster, cosine_distance, centroids, budget
         As for `prune_clusters`.
-    **options
-        Its keywords: temperature, neighbours, lower, lower_ratio, which, allocation, keys, seed.
+    temperature, neighbours, lower, lower_ratio, which, allocation, keys, seed
+        As for `prune_clusters`.
 
     Returns
     -------
     (n,) bool
         Exactly ``budget`` rows are True.
+
+    Raises
+    ------
+    ValueError
+        As `prune_clusters`.
 
     Examples
     --------
@@ -84,7 +97,20 @@ def prune_by_complexity(
     >>> prune_by_complexity(cluster, distance, np.eye(1, 2, dtype=np.float32), 1)
     array([False,  True, False])
     """
-    return prune_clusters(cluster, cosine_distance, centroids, budget, **options).kept
+    return prune_clusters(
+        cluster,
+        cosine_distance,
+        centroids,
+        budget,
+        temperature=temperature,
+        neighbours=neighbours,
+        lower=lower,
+        lower_ratio=lower_ratio,
+        which=which,
+        allocation=allocation,
+        keys=keys,
+        seed=seed,
+    ).kept
 
 
 def prune_clusters(
@@ -153,7 +179,8 @@ def prune_clusters(
     >>> prune_clusters(cluster, distance, np.eye(1, 2, dtype=np.float32), 2).rank
     array([2, 0, 1], dtype=int32)
     """
-    clusters = Clusters(cluster, cosine_distance, centroids)
+    cluster = np.asarray(cluster)
+    clusters = Clusters(cluster, np.asarray(cosine_distance), np.asarray(centroids))
     identity = row_identity(keys, len(cluster))
     counts = clusters.counts
     _check_options(budget, int(counts.sum()), len(cluster), temperature, which, allocation)

@@ -12,6 +12,15 @@ from curate.runtime import row_keys
 from curate.unit_rows import mixed_keys, unit_centroids
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products on many threads of a busy machine mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def unit(a):
     return a / np.linalg.norm(a, axis=1, keepdims=True)
 
@@ -52,14 +61,15 @@ def test_objective_is_within_one_percent_of_scikit_learn_and_faiss(spread):
     from sklearn.cluster import KMeans
 
     x = mixture(n=4000, spread=spread)
-    wide = x.astype(np.float32)
-    ours = fit(x, 12, iterations=50, device="cpu")
-    theirs = KMeans(12, n_init=1, random_state=0).fit(wide)
-    assert ours.objective >= 0.99 * objective(x, theirs.cluster_centers_)
+    ours = [fit(x, 12, iterations=50, seed=seed, device="cpu") for seed in range(3)]
+    best = max(found.objective for found in ours)
+    theirs = KMeans(12, n_init=3, random_state=0).fit(x.astype(np.float32))
+    assert best >= 0.99 * objective(x, theirs.cluster_centers_)
+    assert best == pytest.approx(max(objective(x, found.centroids) for found in ours), abs=1e-7)
+    # From the same start FAISS takes the same way.
     with_faiss = fit(x, 12, iterations=50, device="cpu", backend="faiss")
-    assert with_faiss.backend == "faiss" and ours.backend == "torch"
-    assert ours.objective == pytest.approx(with_faiss.objective, rel=0.01)
-    assert ours.objective == pytest.approx(objective(x, ours.centroids), abs=1e-7)
+    assert with_faiss.backend == "faiss" and ours[0].backend == "torch"
+    assert ours[0].objective == pytest.approx(with_faiss.objective, rel=0.01)
 
 
 def test_converged_centroids_are_the_directions_of_their_rows():
@@ -81,12 +91,8 @@ def test_result_does_not_depend_on_order_blocks_or_threads(dtype):
     order = np.random.default_rng(1).permutation(len(x))
     same(expected, fit(x[order], 40, device="cpu", keys=keys[order]))
     same(expected, fit(x, 40, device="cpu", keys=keys, block_bytes=100_000))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        same(expected, fit(x, 40, device="cpu", keys=keys))
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(2)
+    same(expected, fit(x, 40, device="cpu", keys=keys))
     cluster, distance = assign(x, expected.centroids, device="cpu")
     again = assign(x[order], expected.centroids, device="cpu", block_bytes=50_000)
     assert np.array_equal(cluster[order], again[0])
@@ -102,8 +108,8 @@ def test_every_kind_of_rows_gives_the_same_result(tmp_path):
     same(expected, fit(torch.from_numpy(x), 5, device="cpu"))
     same(expected, fit(x.astype(np.float32), 5, device="cpu"))
     same(expected, fit(lazy, 5, device="cpu", block_bytes=50_000))
-    assign(mixed := Lazy(x), expected.centroids, device="cpu", block_bytes=50_000)
-    assert 1 < mixed.most < 100  # never the whole
+    assign(lazy := Lazy(x), expected.centroids, device="cpu", block_bytes=50_000)
+    assert 1 < lazy.most < 100  # never the whole
 
 
 @pytest.mark.gpu

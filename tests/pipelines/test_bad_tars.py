@@ -62,16 +62,33 @@ def no_model(tmp_path: Path, rows: int) -> list[str]:
     return ["--embeddings", str(write_embeddings(tmp_path / "emb", vectors(rows)))]
 
 
-@pytest.mark.parametrize("cut", [100, 600, 0.5, -1024 * 9, -10_240 + 512])
-def test_truncated(curate: Command, tmp_path: Path, cut: float) -> None:
+@pytest.mark.parametrize("cut", [100, 600, 1000, 8000, -2000, -1100])
+def test_truncated(curate: Command, tmp_path: Path, cut: int) -> None:
     """A pool that silently lacks its last rows would be worse than none."""
     path = make_tar(tmp_path / "pool" / "0.tar", samples())
-    data = path.read_bytes().rstrip(b"\0")
-    data += b"\0" * (-len(data) % 512 + 1024)
-    path.write_bytes(data[: int(cut * len(data)) if 0 < cut < 1 else int(cut)][:-100])
+    path.write_bytes(without_padding(path)[:cut])
     ended = curate.prune(tmp_path / "pool", tmp_path / "run", *no_model(tmp_path, 10))
     check_refused(ended, 1, tmp_path / "run", r"0\.tar", "damaged", r"\d+ samples", ADVICE)
     assert not (tmp_path / "run").exists()
+
+
+def test_cut_between_two_members(curate: Command, tmp_path: Path) -> None:
+    """Every header is whole and only the end mark is missing: said, or rows are lost in silence."""
+    path = make_tar(tmp_path / "pool" / "0.tar", samples())
+    with tarfile.open(path) as archive:
+        start = archive.getmember("0006.png").offset
+    path.write_bytes(path.read_bytes()[:start])
+    ended = curate.prune(tmp_path / "pool", tmp_path / "run", *no_model(tmp_path, 6))
+    said = [line for line in ended.err.splitlines() if line.startswith(("warning: ", "error: "))]
+    assert any("0.tar" in line for line in said), ended.err
+
+
+def without_padding(path: Path) -> bytes:
+    """Return an archive that ends with its two blocks of zeros, not with twenty."""
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    return path.read_bytes()[: end + 1024]
 
 
 def test_damaged_in_the_middle(curate: Command, tmp_path: Path) -> None:
@@ -114,9 +131,7 @@ TRICKS = [
     "../../escaped.png",
     "/tmp/escaped-absolute.png",
     "a/../../b/escaped.png",
-    "..\\..\\escaped.png",
     "C:\\escaped.png",
-    "nul\0byte.png",
     "new\nline.png",
     "\x1b[2Jclear.png",
     "<script>alert(1)</script>.png",
@@ -124,6 +139,8 @@ TRICKS = [
     "~/escaped.png",
     "$(touch escaped).png",
 ]
+# By WebDataset's rule these have no key or no extension.
+PASSED_OVER = ["nul\0byte.png", "..\\..\\escaped.png", ".png", "README"]
 
 
 def test_names_with_tricks(curate: Command, tmp_path: Path) -> None:
@@ -131,7 +148,7 @@ def test_names_with_tricks(curate: Command, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(rng, 24))
-    members: list[Member] = [(name, png(rng)) for name in TRICKS]
+    members: list[Member] = [(name, png(rng)) for name in TRICKS + PASSED_OVER]
     members += [
         link("linked.png", str(secret)),
         link("passwd.png", "../../../../etc/passwd"),
@@ -170,7 +187,7 @@ def test_members_that_disagree(curate: Command, tmp_path: Path) -> None:
         ("3.png", png(rng)),
         ("3.txt", b"\xff\xfe not utf-8"),
         ("4.png", png(rng)),
-        ("4.json", json.dumps({"caption": "\ud800", "uid": 7, "url": []}).encode()),
+        ("4.json", json.dumps({"caption": "\ud800", "url": []}).encode()),
         ("5.png", png(rng)),
         ("5.json", b"[" * 100_000),
     ]
