@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from curate.clusters import Clusters
+from curate.kmeans_faiss import fit_faiss
 from curate.seeding import plus_plus
 from curate.unit_rows import (
     Rows,
@@ -130,7 +131,7 @@ def fit(
             if centroids.shape != (k, rows.d):
                 raise ValueError(f"init has shape {centroids.shape}; it must be ({k}, {rows.d})")
         if backend == "faiss":
-            centroids, done = _faiss(rows, centroids, iterations, seed, identity)
+            centroids, done = fit_faiss(rows, centroids, iterations, seed, identity)
         else:
             centroids, done = _lloyd(rows, centroids, iterations, identity, progress)
         centroids, cluster, distance = _without_empty(rows, centroids, identity)
@@ -373,37 +374,3 @@ def _fill_empty(
             if len(seen) == len(empty):
                 return len(seen)
     return len(seen)
-
-
-def _faiss(
-    rows: Rows,
-    centroids: NDArray[np.float32],
-    iterations: int,
-    seed: int,
-    identity: NDArray[np.uint64],
-) -> tuple[NDArray[np.float32], int]:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "backend='faiss' needs FAISS, which is not installed; run "
-            "pip install 'curate-distill[cpu]', or use backend='torch'"
-        ) from error
-    order = np.argsort(identity, kind="stable")
-    data = np.empty((rows.n, rows.d), dtype=np.float32)
-    step = rows.block_rows(0)
-    for start in range(0, rows.n, step):
-        data[start : start + step] = rows.read(order[start : start + step], check=True).cpu()
-    trainer = faiss.Kmeans(
-        rows.d,
-        len(centroids),
-        niter=iterations,
-        seed=seed % 2**31,
-        spherical=True,
-        gpu=rows.device.type == "cuda" and faiss.get_num_gpus() > 0,
-        # The defaults, 39 and 256, warn about small data and silently train on a sample.
-        min_points_per_centroid=1,
-        max_points_per_centroid=min(rows.n, 2**31 - 1),
-    )
-    trainer.train(data, init_centroids=centroids)
-    return unit_centroids(np.asarray(trainer.centroids)), iterations

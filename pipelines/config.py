@@ -80,6 +80,9 @@ class RunConfig:
         auto, cpu, cuda or cuda:1. Auto takes CUDA where there is one.
     workers
         Processes that decode, embed and write, each a shard at a time; with several GPUs, one each.
+    executor
+        Where shards run: processes of this machine, or actors of a Ray cluster (extra ray) on
+        which every node reaches the pool and the output folder.
     overwrite
         Replace a result of other parameters in the same folder. Steps that are not affected are
         used again.
@@ -94,6 +97,7 @@ class RunConfig:
     seed: Annotated[int, Parameter(group=_RUN), _COUNT] = 0
     device: Annotated[str, Parameter(group=_RUN)] = "auto"
     workers: Annotated[int, Parameter(group=_RUN), _AT_LEAST_ONE] = 1
+    executor: Annotated[Literal["local", "ray"], Parameter(group=_RUN)] = "local"
     overwrite: Annotated[bool, Parameter(group=_RUN, negative="")] = False
     dry_run: Annotated[bool, Parameter(group=_RUN, negative="")] = False
     max_failed: Annotated[float, Parameter(group=_RUN), _SHARE] = 0.5

@@ -1,4 +1,4 @@
-"""The demo's pool: real scans of handwritten digits, spoiled in the ways that the web spoils a pool.
+"""The demo's pool: real scans of handwritten digits, spoiled as a pool from the web is.
 
 The scans are those that scikit-learn ships (`sklearn.datasets.load_digits`: 1,797 scans of 8 x 8
 pixels; Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998). They are split
@@ -193,8 +193,9 @@ def _image_column(
     fault: NDArray[np.int64],
     draw: np.random.Generator,
 ) -> pa.Array:
+    shown = np.flatnonzero((fault == _FINE) | (fault == _WRONG))
     first = np.zeros(len(source), dtype=bool)
-    first[np.unique(source, return_index=True)[1]] = True
+    first[shown[np.unique(source[shown], return_index=True)[1]]] = True
     stored = []
     for row, uid in enumerate(uids):
         if fault[row] == _JUNK:

@@ -17,7 +17,7 @@ from curate.pool import Pool
 from curate.progress import task
 from pipelines.config import EmbedConfig, default_out, with_paths
 from pipelines.embed_workers import EmbedWorker, EncoderSpec, ImportWorker, no_advance
-from pipelines.executor import Executor, LocalExecutor, Worker
+from pipelines.executor import Executor, LocalExecutor, Worker, make_executor
 from pipelines.indexing import index_fingerprint, index_pool
 from pipelines.source import (
     describe_source,
@@ -72,8 +72,7 @@ def run_embed(config: EmbedConfig, opened: Pool | None = None) -> Embeddings:
             out,
             index=out / "index",
             source=source,
-            executor=LocalExecutor(config.workers),
-            in_process=config.workers == 1,
+            executor=make_executor(config.executor, config.workers, config.device),
             overwrite=config.overwrite,
         )
     return embeddings
@@ -97,7 +96,6 @@ def embed_pool(
     index: Path,
     source: EncoderSpec | Any,
     executor: Executor,
-    in_process: bool,
     overwrite: bool = False,
 ) -> tuple[StepFolder, Embeddings]:
     """Make or continue the embeddings of a pool.
@@ -112,8 +110,6 @@ def embed_pool(
     source : EncoderSpec or what a pool brings
         An encoder to run, or embeddings to import (an object with `rows_of`).
     executor : Executor
-    in_process : bool
-        Whether the executor runs in this process, so that progress can be shown row by row.
     overwrite : bool
         Replace embeddings of another encoder or pool.
     """
@@ -132,7 +128,8 @@ def embed_pool(
     todo = [s.index for s in pool.shards if not metadata_path(folder, s.index).exists()]
     done = len(pool) - sum(pool.shards[i].rows for i in todo)
     with task("embed", total=len(pool), done=done) as advance:
-        by_row = encodes and in_process
+        # In this process progress can be told row by row, elsewhere when a shard is done.
+        by_row = encodes and isinstance(executor, LocalExecutor) and executor.runs_here(todo)
         make_worker: Callable[[], Worker]
         if isinstance(source, EncoderSpec):
             within = advance if by_row else no_advance

@@ -53,13 +53,17 @@ class LocalExecutor:
 
     workers: int = 1
 
+    def runs_here(self, shards: Sequence[int]) -> bool:
+        """Return whether these shards would run in this process."""
+        return self.workers == 1 or len(shards) <= 1
+
     def map(
         self, make_worker: Callable[[], Worker], shards: Sequence[int]
     ) -> Iterator[ShardReport]:
         """Run the shards and yield their reports as they come."""
         if not shards:
             return
-        if self.workers == 1 or len(shards) == 1:
+        if self.runs_here(shards):
             worker = make_worker()
             yield from map(worker, shards)
             return
@@ -102,3 +106,23 @@ def _run(shard: int) -> ShardReport:
     if _worker is None:
         raise RuntimeError("the worker process was not started")
     return _worker(shard)
+
+
+def make_executor(kind: str, workers: int, device: str) -> Executor:
+    """Return the executor that the flags name.
+
+    Parameters
+    ----------
+    kind : {"local", "ray"}
+    workers : int
+        Processes, or actors.
+    device : str
+        A Ray actor holds a GPU if it is to use one.
+    """
+    if kind == "local":
+        return LocalExecutor(workers)
+    from curate.runtime import resolve_device
+    from pipelines.ray_executor import RayExecutor
+
+    gpus = 1.0 if resolve_device(device).type == "cuda" else 0.0
+    return RayExecutor(workers, gpus)

@@ -34,7 +34,7 @@ from pipelines.config import (
     with_paths,
 )
 from pipelines.embedding import embed_pool
-from pipelines.executor import Executor, LocalExecutor
+from pipelines.executor import Executor, make_executor
 from pipelines.exporting import export_pool
 from pipelines.indexing import index_pool, read_uids
 from pipelines.source import (
@@ -102,7 +102,8 @@ def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
             keep_content=True,
         )
         if not (run.complete and _whole(run)):
-            _Prune(config, pool, source, run, LocalExecutor(config.workers)).run()
+            executor = make_executor(config.executor, config.workers, config.device)
+            _Prune(config, pool, source, run, executor).run()
         else:
             logger.info("%s is complete already; nothing to do", out)
     return Selection.open(out)
@@ -232,7 +233,6 @@ class _Prune:
                 index=index,
                 source=self.source,
                 executor=self.executor,
-                in_process=self.config.workers == 1,
                 overwrite=True,
             )
         return PoolRows(self.pool, uids), step, embeddings

@@ -6,6 +6,7 @@ A refusal is one line that names the problem, an exit code, and no output that l
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ class Command:
 
     def __call__(self, *arguments: object) -> Ended:
         self.capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
+        with pytest.MonkeyPatch.context() as patch:
+            # Half of the time of a small run is waiting for the disk; no test here pulls the plug.
+            patch.setattr(os, "fsync", lambda handle: None)
+            code = run([str(argument) for argument in arguments])
         captured = self.capsys.readouterr()
         return Ended(code, captured.out, captured.err)
 

@@ -87,13 +87,6 @@ def test_same_rows_for_any_shards_and_order(
     assert kept["one"] == kept["seven"] == kept["shuffled"]
 
 
-def test_workers_do_not_matter(make_pool: MakePool, tmp_path: Path) -> None:
-    pool = make_pool(embedded_table(300), shards=3)
-    pipelines.prune(pool, keep=0.3, out=tmp_path / "one")
-    pipelines.prune(pool, keep=0.3, out=tmp_path / "two", workers=2)
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
-
-
 def test_ledger_explains_every_row(make_pool: MakePool, tmp_path: Path) -> None:
     table = embedded_table(500)
     pool = make_pool(table, shards=4)
