@@ -23,6 +23,9 @@ from curate.unit_rows import (
 Ranks = NDArray[np.int64]
 # Given ranks of queries and of columns: where the pair must not be looked at; None for nowhere.
 Forbidden = Callable[[Ranks, Ranks], NDArray[np.bool_] | None]
+# Share of close pairs above which one float64 product beats many single ones: many rows that are
+# copies of one, such as the picture that a host serves in place of a deleted one.
+_DENSE = 0.01
 # Ranks (-1 for none) and cosine similarities.
 Evidence = tuple[NDArray[np.int64], NDArray[np.float32]]
 
@@ -81,10 +84,11 @@ class RankedRows:
 
     def _best(self, queries: Ranks, columns: Ranks, forbidden: Forbidden) -> Evidence:
         q = self.read(queries)
-        found, uncertain = self._fast_best(queries, q, columns, forbidden)
-        if uncertain.any():
-            wide = q[torch.from_numpy(uncertain).to(q.device)].double()
-            found[uncertain] = self._exact_best(queries[uncertain], wide, columns, forbidden)
+        found, top, uncertain = self._fast_best(queries, q, columns, forbidden)
+        if len(uncertain):
+            close = q[torch.from_numpy(uncertain).to(q.device)]
+            floor = top[torch.from_numpy(uncertain).to(q.device)] - tolerance(q.shape[1])
+            found[uncertain] = self._settle(queries[uncertain], close, floor, columns, forbidden)
         similarity = np.full(len(queries), np.nan, dtype=np.float32)
         some = np.flatnonzero(found >= 0)
         if len(some):
@@ -95,7 +99,8 @@ class RankedRows:
 
     def _fast_best(
         self, queries: Ranks, q: torch.Tensor, columns: Ranks, forbidden: Forbidden
-    ) -> tuple[Ranks, NDArray[np.bool_]]:
+    ) -> tuple[Ranks, torch.Tensor, Ranks]:
+        """Return the best column by fast products, its value, and the queries that are not sure."""
         top = torch.full((len(q),), -torch.inf, device=q.device)
         second = top.clone()
         at = torch.full((len(q),), -1, dtype=torch.int64, device=q.device)
@@ -113,27 +118,59 @@ class RankedRows:
             second = torch.maximum(torch.minimum(top, value), torch.maximum(second, next_value))
             top = torch.maximum(top, value)
         uncertain = (top > -torch.inf) & (top - second < tolerance(q.shape[1]))
-        return at.cpu().numpy(), uncertain.cpu().numpy()
+        return at.cpu().numpy(), top, np.flatnonzero(uncertain.cpu().numpy())
 
-    def _exact_best(
-        self, queries: Ranks, q: torch.Tensor, columns: Ranks, forbidden: Forbidden
+    def _settle(
+        self,
+        queries: Ranks,
+        q: torch.Tensor,
+        floor: torch.Tensor,
+        columns: Ranks,
+        forbidden: Forbidden,
     ) -> Ranks:
-        top = torch.full((len(q),), -torch.inf, dtype=torch.float64, device=q.device)
-        at = torch.full((len(q),), -1, dtype=torch.int64, device=q.device)
+        """Return the best column by exact products, of those whose fast product reaches `floor`."""
+        top = np.full(len(queries), -np.inf)
+        at = np.full(len(queries), -1, dtype=np.int64)
         for tile in self.tiles(columns):
             hidden = forbidden(queries, tile)
             if hidden is not None and hidden.all():
                 continue
-            product = on_grid(exact_cosine(q, self.read(tile).double()), -1.0)
+            c = self.read(tile)
+            product = fast_product(q, c / torch.linalg.vector_norm(c, dim=1, keepdim=True))
             if hidden is not None:
                 product.masked_fill_(torch.from_numpy(hidden).to(q.device), -torch.inf)
-            # argmax returns the first of several maxima, and only a larger one replaces it.
-            index = product.argmax(dim=1)
-            value = product.gather(1, index[:, None])[:, 0]
-            better = value > top
-            top = torch.where(better, value, top)
-            at = torch.where(better, torch.from_numpy(tile).to(q.device)[index], at)
-        return np.asarray(at.cpu().numpy(), dtype=np.int64)
+            close = product >= floor[:, None]
+            if int(close.sum()) > _DENSE * close.numel():
+                product.copy_(on_grid(exact_cosine(q.double(), c.double()), -1.0))
+                product.masked_fill_(~close, -torch.inf)
+                value, column = product.max(dim=1).values, product.argmax(dim=1)
+                _replace(top, at, np.arange(len(q)), value, tile[column.cpu().numpy()])
+            else:
+                for row, value, column in self._exact_pairs(q, c, torch.nonzero(close)):
+                    _replace(top, at, row, value, tile[column])
+        return at
+
+    def _exact_pairs(
+        self, q: torch.Tensor, c: torch.Tensor, pairs: torch.Tensor
+    ) -> Iterator[tuple[Ranks, torch.Tensor, Ranks]]:
+        """Yield rows of q with the best of their columns in c, in blocks of pairs."""
+        for block in pairs.split(max(1, self.rows.block_bytes // (32 * q.shape[1]))):
+            a, b = q[block[:, 0]].double(), c[block[:, 1]].double()
+            values = on_grid(exact_row_cosine(a, b), -1.0)
+            row, column = block.cpu().numpy().T
+            # The pairs ascend by column within a row: of equal values the first one stays.
+            order = np.lexsort((column, -values.cpu().numpy(), row))
+            order = order[np.flatnonzero(np.diff(row[order], prepend=-1))]
+            yield row[order], values[torch.from_numpy(order).to(values.device)], column[order]
+
+
+def _replace(
+    top: NDArray[np.float64], at: Ranks, row: Ranks, value: torch.Tensor, column: Ranks
+) -> None:
+    """Take the columns that are better than what the rows have; they come in ascending order."""
+    found = value.cpu().numpy()
+    better = found > top[row]
+    top[row[better]], at[row[better]] = found[better], column[better]
 
 
 def later(queries: Ranks, columns: Ranks) -> NDArray[np.bool_] | None:

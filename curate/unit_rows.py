@@ -182,7 +182,7 @@ def tolerance(d: int) -> float:
 
 def lengths64(block: torch.Tensor) -> torch.Tensor:
     """Return the float64 lengths of float64 rows on the grid: the root of an exact sum."""
-    return torch.bmm(block[:, None, :], block[:, :, None])[:, 0, 0].sqrt()
+    return (block * block).sum(dim=1).sqrt()
 
 
 def exact_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -192,8 +192,7 @@ def exact_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def exact_row_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the (n,) cosine similarities of row i of a and row i of b, unrounded float64."""
-    dots = torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
-    return dots / (lengths64(a) * lengths64(b))
+    return (a * b).sum(dim=1) / (lengths64(a) * lengths64(b))
 
 
 def on_grid(values: torch.Tensor, low: float) -> torch.Tensor:

@@ -3,44 +3,38 @@
 A small CLIP that is trained on a few scans that can be trusted scores and embeds the pool (the idea
 of Fang et al., "Data Filtering Networks", 2023); the very same `prune` as on any pool chooses the
 rows; then one model is trained from scratch on the full pool, on a random part of it and on what
-was kept, for equally many steps, and tested on scans that neither has seen.
+was kept, for equally many steps, and tested on scans that none of them has seen.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
 from curate.errors import FingerprintError
 from curate.images import decode
 from curate.manifest import StepFolder, locked, open_step, read_manifest
-from curate.progress import task
 from curate.runtime import rng
 from curate.selection import Selection
-from curate.shards import part_path, read_parts
-from pipelines import demo_model, demo_pool, demo_text
+from curate.shards import read_parts
+from pipelines import demo_model, demo_pool
 from pipelines.demo_model import Pairs
 from pipelines.demo_pool import Scans
 from pipelines.pruning import prune
 
-#: Nearer than this are copies of a scan here; the model has ten things to tell apart, so two scans
-#: of a digit are nearer to each other than two photographs of dogs are to a model of the web.
-EPSILON = 0.01
-_MOST_WORKERS = 8
+#: Far less than prune's default of 0.05, which suits models of the web: this one has only ten
+#: things to tell apart and draws all scans of a digit together.
+EPSILON = 0.001
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Contents:
     wrong_captions, junk_images : int
         Rows whose caption names another digit; rows whose image shows nothing.
     distinct_scans : int
-        Scans of which there is at least one copy.
+        Scans of which there is at least one row.
     """
 
     rows: int
@@ -73,29 +67,29 @@ class DemoResult:
     command : tuple of str
         The command line that prunes in the same way.
     keep : float
+    steps : int
+        Batches that every model was trained for.
     counts : mapping of str to int
         Rows per reason, from the ledger.
     before, after : Contents
         Of the pool, and of the kept rows.
-    steps : int
-        Batches that every model was trained for.
-    trusted_accuracy : float
+    scorer_accuracy : float
         Zero-shot accuracy of the model that scored the pool; accuracies are in [0, 1].
     accuracy : mapping of str to tuple of float
         Of the models trained on the sets ``full``, ``random`` and ``pruned``, one per seed.
     seconds : mapping of str to float
-        Per phase, and ``total``; near zero for what was there already.
+        Per phase, and ``total``; little for what was there already.
     """
 
     out: Path
     report: Path
     command: tuple[str, ...]
     keep: float
+    steps: int
     counts: Mapping[str, int]
     before: Contents
     after: Contents
-    steps: int
-    trusted_accuracy: float
+    scorer_accuracy: float
     accuracy: Mapping[str, tuple[float, ...]]
     seconds: Mapping[str, float]
 
@@ -127,7 +121,7 @@ def run_demo(
     steps : int
         Batches that every model is trained for.
     seeds : int
-        Models per set, at least 1.
+        Models per set.
     stream : text file
         Where the story goes.
 
@@ -142,13 +136,14 @@ def run_demo(
     FingerprintError
         If the folder holds something else; it is left alone.
     BudgetError
-        If too few rows survive the first stages of the pruning.
+        If fewer rows survive the first stages of the pruning than must be kept.
     """
     if min(steps, seeds) < 1 or rows < demo_pool.SHARDS or not 0 < keep < 1:
         raise ValueError(
-            f"steps, seeds, rows and keep are {steps}, {seeds}, {rows} and {keep}; at least "
-            f"1, 1 and {demo_pool.SHARDS} are needed, and a keep between 0 and 1"
+            f"steps={steps}, seeds={seeds}, rows={rows}, keep={keep}: at least 1, 1 and "
+            f"{demo_pool.SHARDS} are needed, and a keep between 0 and 1"
         )
+    out = Path(out)
     with locked(out):
         params = {"seed": seed, "keep": keep, "rows": rows, "steps": steps, "seeds": seeds}
         step = _open(out, params)
@@ -160,19 +155,46 @@ def run_demo(
 def _open(out: Path, params: dict[str, float]) -> StepFolder:
     manifest = read_manifest(out)
     if manifest is not None and (manifest["step"], manifest["params"]) != ("demo", params):
-        made = manifest["params"] if manifest["step"] == "demo" else manifest["step"]
         raise FingerprintError(
-            f"{out} holds another result ({made}), not that of {params}; it is left alone. "
-            "Choose another --out"
+            f"{out} holds the result of {manifest['step']} with {manifest['params']}, not of demo "
+            f"with {params}; it is left alone. Choose another --out"
         )
-    return open_step(
-        out, step="demo", step_version=1, params=params, inputs={}, keep_content=True
+    return open_step(out, step="demo", step_version=1, params=params, inputs={})
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A pool in memory: what its rows are, and the pairs of those that can be decoded."""
+
+    contents: Contents
+    pairs: Pairs
+    decoded: NDArray[np.bool_]
+
+    def among(self, chosen: NDArray[np.bool_]) -> Pairs:
+        """Return the pairs of the chosen rows."""
+        return self.pairs.take(np.flatnonzero(chosen[self.decoded]))
+
+
+def _load(folder: Path) -> _Loaded:
+    rows = read_parts(folder, demo_pool.SHARDS)
+    images = [decode(image["bytes"]).image for image in rows["image"].to_pylist()]
+    decoded = np.array([image is not None for image in images])
+    # The scans are grey: the three channels are the same.
+    pixels = [np.asarray(image.getchannel(0)) for image in images if image is not None]
+    captions = rows["text"].filter(pa.array(decoded)).to_pylist()
+    scan = rows["scan"].to_numpy()
+    contents = Contents(
+        rows=len(rows),
+        wrong_captions=int(rows["caption_is_wrong"].to_numpy().sum()),
+        junk_images=int((scan == demo_pool.NO_SCAN).sum()),
+        distinct_scans=len(np.unique(scan[decoded & (scan != demo_pool.NO_SCAN)])),
     )
+    return _Loaded(contents, Pairs(np.stack(pixels), captions), decoded)
 
 
 @dataclass
 class _Demo:
-    """One run; the methods are its phases, in their order."""
+    """One run; the methods are its phases, in their order, each followed by its account."""
 
     out: Path
     stream: TextIO
@@ -181,57 +203,37 @@ class _Demo:
     rows: int
     steps: int
     seeds: int
-
-    def __post_init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> DemoResult:
-        """Run the phases and tell of each when it is over."""
+        """Run the phases."""
         start = time.perf_counter()
-        self.say(demo_text.opening())
         trusted, held_out, scans = demo_pool.load_scans(self.seed)
-        with self.timed("pool"):
-            demo_pool.build_pool(self.out / "pool", scans, seed=self.seed, rows=self.rows)
-            pool, decoded = _read(self.out / "pool", demo_pool.SHARDS)
-        before = _contents(pool)
-        self.say(demo_text.pool_built(before, len(scans), self.seconds["pool"]))
-        with self.timed("model"), _one_thread():
-            trusted_accuracy = self.train_scorer(trusted, held_out)
-        self.say(
-            demo_text.model_trained(
-                len(trusted), len(held_out), self.steps, trusted_accuracy, self.seconds["model"]
-            )
-        )
-        command = self.command()
-        self.say(demo_text.prune_command(command))
-        with self.timed("prune"):
-            selection = self.prune()
-        kept, _ = _read(self.out / "run" / "pool", demo_pool.SHARDS)
-        after = _contents(kept)
-        self.say(
-            demo_text.pruned(selection.counts, self.rows, before, after, self.seconds["prune"])
-        )
-        with self.timed("train"):
-            accuracy = self.evaluate(_pairs(pool, decoded), selection, held_out)
+        self.say("A pool spoiled as the web is: pruned, then trained on\n")
+        pool = self.build_pool(scans)
+        scorer_accuracy = self.train_scorer(trusted, held_out)
+        selection = self.prune()
+        after = self.account(pool.contents)
+        accuracy = self.evaluate(pool, selection, held_out)
         self.seconds["total"] = time.perf_counter() - start
         result = DemoResult(
             out=self.out,
             report=self.out / "run" / "report.html",
-            command=command,
+            command=self.command,
             keep=self.keep,
-            counts=selection.counts,
-            before=before,
-            after=after,
             steps=self.steps,
-            trusted_accuracy=trusted_accuracy,
+            counts=selection.counts,
+            before=pool.contents,
+            after=after,
+            scorer_accuracy=scorer_accuracy,
             accuracy=accuracy,
             seconds=self.seconds,
         )
-        self.say(demo_text.closing(result))
+        self.say(_conclusion(result))
         return result
 
     def say(self, text: str) -> None:
-        """Write a paragraph of the story at once, so that a reader is not left waiting for it."""
+        """Write a part of the story at once: the next part can take a while."""
         self.stream.write(text + "\n")
         self.stream.flush()
 
@@ -241,3 +243,143 @@ class _Demo:
         start = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - start
+
+    def build_pool(self, scans: Scans) -> _Loaded:
+        """Build the pool and load it."""
+        with self.timed("pool"):
+            demo_pool.build_pool(self.out / "pool", scans, seed=self.seed, rows=self.rows)
+            pool = _load(self.out / "pool")
+        contents, broken = pool.contents, self.rows - len(pool.pairs)
+        self.say(
+            f"pool    {self.rows:,} pairs made of {len(scans):,} real scans of handwritten digits; "
+            "popular\n        scans come again as shifted, re-encoded copies (Zipf's law)\n"
+            f"        {_share(contents.wrong_captions, self.rows)} wrong captions, "
+            f"{_share(contents.junk_images, self.rows)} junk images, "
+            f"{_share(broken, self.rows)} undecodable files{self._took('pool')}"
+        )
+        return pool
+
+    def train_scorer(self, trusted: Scans, held_out: Scans) -> float:
+        """Train the model that scores the pool; return its zero-shot accuracy."""
+        captions = demo_pool.captions_for(trusted.digits, self.seed, "trusted")
+        with self.timed("model"):
+            accuracy = demo_model.build_model(
+                self.out / "model",
+                Pairs(trusted.images, captions),
+                held_out,
+                seed=self.seed,
+                steps=self.steps,
+            )
+        self.say(
+            f"model   a small CLIP of open_clip, trained for {self.steps} steps on {len(trusted)} "
+            f"trusted scans;\n        zero-shot accuracy on {len(held_out)} held-out scans: "
+            f"{100 * accuracy:.1f}%{self._took('model')}"
+        )
+        return accuracy
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line that does what `prune` does here."""
+        flags = {"pool": self.out / "pool", "keep": self.keep, **self._options()}
+        return "curate", "prune", *(part for k, v in flags.items() for part in (f"--{k}", str(v)))
+
+    def _options(self) -> dict[str, object]:
+        model = self.out / "model"
+        return {
+            "model": str(model / demo_model.CONFIG_FILE),
+            "pretrained": str(model / demo_model.WEIGHTS_FILE),
+            "epsilon": EPSILON,
+            "seed": self.seed,
+            "out": self.out / "run",
+        }
+
+    def prune(self) -> Selection:
+        """Prune the pool as anyone would, all else at its default."""
+        self.say(f"prune   {_wrapped_command(self.command)}")
+        with self.timed("prune"):
+            selection = prune(self.out / "pool", keep=self.keep, **self._options())
+        self.say(f"\n{'the ledger':<20}{'rows':>8}{self._took('prune')}")
+        for reason, count in selection.counts.items():
+            self.say(f"  {reason:<18}{count:>8,}")
+        return selection
+
+    def account(self, before: Contents) -> Contents:
+        """Compare what was kept with the pool; return what the kept rows are."""
+        after = _load(self.out / "run" / "pool").contents
+        self.say(f"\n{'in the rows':<20}{'before':>8}{'after':>8}")
+        for name, was, now in (
+            ("wrong captions", before.wrong_captions, after.wrong_captions),
+            ("junk images", before.junk_images, after.junk_images),
+        ):
+            shares = f"{_share(was, before.rows):>8}{_share(now, after.rows):>8}"
+            self.say(f"  {name:<18}{shares}")
+        scans = f"{before.distinct_scans:>8,}{after.distinct_scans:>8,}"
+        self.say(f"  {'distinct scans':<18}{scans}")
+        return after
+
+    def evaluate(
+        self, pool: _Loaded, selection: Selection, held_out: Scans
+    ) -> dict[str, tuple[float, ...]]:
+        """Train on each set from scratch, for equally many steps."""
+        chance = rng(self.seed, "demo", "random part")
+        drawn = np.zeros(self.rows, dtype=bool)
+        drawn[chance.choice(self.rows, size=len(selection.kept_uids), replace=False)] = True
+        sets = {
+            "full": pool.pairs,
+            "random": pool.among(drawn),
+            "pruned": pool.among(selection.table["kept"].to_numpy()),
+        }
+        with self.timed("train"):
+            accuracy = demo_model.evaluate_sets(
+                self.out / "evaluation",
+                sets,
+                held_out,
+                seeds=[self.seed + number for number in range(self.seeds)],
+                steps=self.steps,
+            )
+        percent = f"{100 * self.keep:.0f}%"
+        names = {"full": "full pool", "random": f"random {percent}", "pruned": f"pruned {percent}"}
+        self.say(
+            f"\nzero-shot accuracy of the same model trained from scratch, {self.steps} steps, "
+            f"{self.seeds} seeds{self._took('train')}\n"
+            + "\n".join(f"  {names[name]:<18}{_spread(accuracy[name])}" for name in names)
+        )
+        return accuracy
+
+    def _took(self, phase: str) -> str:
+        return f"   [{self.seconds[phase]:.1f} s]"
+
+
+def _share(count: int, rows: int) -> str:
+    return f"{100 * count / rows:.1f}%"
+
+
+def _spread(values: tuple[float, ...]) -> str:
+    """Return mean and standard deviation in percent; one value has no spread."""
+    percent = [100 * value for value in values]
+    spread = f" +- {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
+    return f"{statistics.fmean(percent):>8.1f}{spread}"
+
+
+def _wrapped_command(command: tuple[str, ...]) -> str:
+    """Return the command over several lines that a shell reads as one."""
+    words = [shlex.quote(word) for word in command]
+    flags = [" ".join(pair) for pair in zip(words[2::2], words[3::2], strict=True)]
+    return " \\\n            ".join([" ".join(words[:2]), *flags])
+
+
+def _conclusion(result: DemoResult) -> str:
+    """Say plainly how the pruned set compares, whatever came out."""
+    mean = {name: 100 * statistics.fmean(values) for name, values in result.accuracy.items()}
+    sizes = {"random": "a random set of the same size", "full": "the full pool"}
+    said = []
+    for name, words in sizes.items():
+        gain = mean["pruned"] - mean[name]
+        how = "better" if gain > 0 else "worse"
+        said.append(
+            f"{abs(gain):.1f} points {how} than {words}" if gain else f"no better than {words}"
+        )
+    return (
+        f"\nThe pruned set is {said[0]},\nand {said[1]}.\n\n"
+        f"{result.seconds['total']:.0f} s in all\nreport  {result.report}"
+    )

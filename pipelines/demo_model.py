@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from curate.manifest import StepFolder, atomic_path, atomic_write_json, open_step
-from pipelines.demo_pool import DIGITS, SIDE, TEMPLATES
+from curate.manifest import atomic_path, atomic_write_json, open_step
+from curate.progress import task
+from pipelines.demo_pool import DIGITS, SIDE, TEMPLATES, Scans
 
 #: What open_clip builds the model from. The vocabulary is that of its tokenizer; 8 tokens hold the
 #: longest caption.
@@ -31,11 +37,12 @@ CONFIG: dict[str, Any] = {
 }
 CONFIG_FILE, WEIGHTS_FILE = "digits.json", "digits.safetensors"
 BATCH = 64
-_LEARNING_RATE = 1e-2
+_LEARNING_RATE = 5e-3
 _MOST_LOGIT_SCALE = 100.0
 _MOST_SHIFT = 4
-_NOISE = 0.15
+_NOISE = 0.3
 _EVALUATED_AT_ONCE = 512
+_MOST_TRAINERS = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,12 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of the images and captions."""
+        state = hashlib.sha256(self.images.tobytes())
+        state.update("\n".join(self.captions).encode())
+        return state.hexdigest()
 
     def take(self, rows: NDArray[np.int64]) -> Pairs:
         """Return some of the pairs."""
@@ -86,7 +99,7 @@ def new_model(seed: int) -> torch.nn.Module:
     # enough, and without them a step of the optimizer costs next to nothing.
     model.get_parameter("token_embedding.weight").requires_grad_(False)
     # On a CPU, batch norm and small convolutions are a third faster with the channels innermost.
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=torch.channels_last)
 
 
 def train(
@@ -139,7 +152,7 @@ def train(
         inputs = _varied(batch, draw) if augment else prepare(batch)
         loss = _loss(model, inputs, texts, rows)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     model.eval()
@@ -157,7 +170,7 @@ class _Texts:
 
 def _loss(model: Any, inputs: torch.Tensor, texts: _Texts, rows: torch.Tensor) -> torch.Tensor:
     # A caption that occurs twice in a batch is encoded once.
-    distinct, place = texts.place[rows].unique(return_inverse=True)
+    distinct, place = torch.unique(texts.place[rows], return_inverse=True)
     image = model.encode_image(inputs, normalize=True)
     text = model.encode_text(texts.tokens[distinct], normalize=True)[place]
     logits = image @ text.T * model.logit_scale.exp().clamp(max=_MOST_LOGIT_SCALE)
@@ -211,54 +224,113 @@ def _varied(images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def zero_shot_accuracy(model: Any, images: NDArray[np.uint8], digits: NDArray[np.int64]) -> float:
-    """Return the share of images whose nearest prompt names their digit.
+def zero_shot_accuracy(model: Any, scans: Scans) -> float:
+    """Return the share of scans whose nearest prompt names their digit.
 
     A digit's prompt is the mean of its captions' unit vectors, one per template, as usual
     (Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
-    section 3.1.4).
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        A CLIP of open_clip, in evaluation mode.
-    images : (n, 32, 32) uint8
-    digits : (n,) int64
-
-    Returns
-    -------
-    float
-        In [0, 1].
+    section 3.1.4). The model, a CLIP of open_clip, must be in evaluation mode.
     """
     prompts = [template.format(word) for word in DIGITS for template in TEMPLATES]
     text = model.encode_text(tokenize(prompts), normalize=True)
     prompt = functional.normalize(text.view(len(DIGITS), len(TEMPLATES), -1).mean(dim=1), dim=-1)
     found = [
         (model.encode_image(prepare(part), normalize=True) @ prompt.T).argmax(dim=1)
-        for part in torch.from_numpy(images).split(_EVALUATED_AT_ONCE)
+        for part in torch.split(torch.from_numpy(scans.images), _EVALUATED_AT_ONCE)
     ]
-    return float((torch.cat(found) == torch.from_numpy(digits)).float().mean())
+    return float((torch.cat(found) == torch.from_numpy(scans.digits)).float().mean())
 
 
-def build_model(folder: Path, trusted: Pairs, *, seed: int, steps: int) -> StepFolder:
+def build_model(folder: Path, trusted: Pairs, test: Scans, *, seed: int, steps: int) -> float:
     """Train a model on trusted pairs and save it, unless it is there already.
 
     The folder gets ``digits.json`` and ``digits.safetensors``: what ``curate prune`` takes as
-    ``--model`` and ``--pretrained``.
+    ``--model`` and ``--pretrained``. Returned is the model's zero-shot accuracy on the test scans.
     """
     from safetensors.torch import save_file
 
     params = {"seed": seed, "steps": steps, "scans": len(trusted), "config": CONFIG}
     step = open_step(folder, step="demo-model", step_version=1, params=params, inputs={})
     if step.complete and (folder / WEIGHTS_FILE).exists() and (folder / CONFIG_FILE).exists():
-        return step
-    model = new_model(seed)
-    train(model, trusted, steps=steps, seed=seed, augment=True)
+        return float(step.manifest["accuracy"])
+    with _threads(1):
+        model = new_model(seed)
+        train(model, trusted, steps=steps, seed=seed, augment=True)
+        accuracy = zero_shot_accuracy(model, test)
     atomic_write_json(folder / CONFIG_FILE, CONFIG)
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary)
-    step.finish()
-    return step
+    step.finish(accuracy=accuracy)
+    return accuracy
+
+
+def evaluate_sets(
+    folder: Path, sets: Mapping[str, Pairs], test: Scans, *, seeds: Sequence[int], steps: int
+) -> dict[str, tuple[float, ...]]:
+    """Train a model from scratch on each set with each seed; return the zero-shot accuracies.
+
+    They are written down as they come, so that a run that was stopped continues. Each model is
+    trained by one thread and several at once: small as they are, that is faster than sharing one
+    model among the threads, and the result does not depend on their number.
+    """
+    step = open_step(
+        folder,
+        step="demo-evaluate",
+        step_version=1,
+        params={"seeds": list(seeds), "steps": steps, "config": CONFIG},
+        inputs={name: pairs.fingerprint() for name, pairs in sets.items()},
+        overwrite=True,
+    )
+    found: dict[str, float] = step.manifest.get("accuracy", {})
+    jobs = {f"{name}, seed {seed}": (name, seed) for name in sets for seed in seeds}
+    todo = {job: chosen for job, chosen in jobs.items() if job not in found}
+    stop = threading.Event()
+
+    def measure(model: torch.nn.Module, pairs: Pairs, seed: int) -> float:
+        train(model, pairs, steps=steps, seed=seed, cancelled=stop.is_set)
+        return zero_shot_accuracy(model, test)
+
+    with (
+        _threads(1),
+        _trainers(stop) as trainers,
+        task("train", total=len(jobs), unit="models", done=len(found)) as advance,
+    ):
+        running = {
+            trainers.submit(measure, new_model(seed), sets[name], seed): job
+            for job, (name, seed) in todo.items()
+        }
+        for future in as_completed(running):
+            found[running[future]] = future.result()
+            step.record(accuracy=found)
+            advance(1)
+    if not step.complete:
+        step.finish(accuracy=found)
+    return {name: tuple(found[f"{name}, seed {seed}"] for seed in seeds) for name in sets}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use that many threads per operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _trainers(stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that train a model each; on an error they stop at the next step."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(count or 1, _MOST_TRAINERS)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def load_model(folder: Path) -> torch.nn.Module:

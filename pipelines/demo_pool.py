@@ -36,6 +36,7 @@ SIDE = 32
 TRUSTED_SCANS, HELD_OUT_SCANS = 237, 360
 WRONG_CAPTIONS, JUNK_IMAGES, BROKEN_FILES = 0.35, 0.10, 0.005
 SHARDS = 4
+NO_SCAN = -1
 _MOST_SHIFT = 3
 _FINE, _WRONG, _JUNK, _BROKEN = range(4)
 _ROW_GROUP = 1000
@@ -150,7 +151,7 @@ def _spoiled(scans: Scans, seed: int, rows: int) -> pa.Table:
         "uid": pa.array(uids, pa.string()),
         "image": _image_column(uids, scans.images[source], source, fault, draw),
         "text": pa.array(captions_for(digits, seed, "pool"), pa.string()),
-        "scan": pa.array(np.where(fault == _JUNK, -1, scans.number[source]), pa.int64()),
+        "scan": pa.array(np.where(fault == _JUNK, NO_SCAN, scans.number[source]), pa.int64()),
         "caption_is_wrong": pa.array(fault == _WRONG, pa.bool_()),
     }
     return pa.table(columns).replace_schema_metadata({"huggingface": _FEATURES})
@@ -182,8 +183,9 @@ def _faults(rows: int, draw: np.random.Generator) -> NDArray[np.int64]:
 
 def _zipf(count: int) -> NDArray[np.float64]:
     """Return Zipf's law: the r-th most popular scan occurs in proportion to 1 / r."""
-    weight = 1 / np.arange(1, count + 1)
-    return weight / weight.sum()
+    weight: NDArray[np.float64] = 1 / np.arange(1, count + 1, dtype=np.float64)
+    share: NDArray[np.float64] = weight / weight.sum()
+    return share
 
 
 def _image_column(

@@ -129,6 +129,19 @@ def test_no_good_row(curate: Command, tmp_path: Path) -> None:
     check_bad_rows(check_whole(tmp_path / "null", 20, 0), set(range(20)))
 
 
+def test_shard_without_any(curate: Command, tmp_path: Path) -> None:
+    """Every row of a shard is null, in lists without a fixed length: rows like any bad ones."""
+    kind = pa.list_(pa.float32())
+    full, none = pa.array(vectors(20).tolist(), kind), pa.nulls(20, kind)
+    for shard, rows in enumerate((none, full, none)):
+        uids = [f"{shard}-{i}" for i in range(20)]
+        write(tmp_path / "pool" / f"{shard}.parquet", table(uid=uids, embedding=rows))
+    flags = ["--dedup-mode", "none", "--max-failed", 1]
+    ended = curate.prune(tmp_path / "pool", tmp_path / "run", *flags)
+    assert ended.code == 0, ended.err
+    check_bad_rows(check_whole(tmp_path / "run", 60, 17), {*range(20), *range(40, 60)})
+
+
 @pytest.mark.parametrize("group", [4, 100])
 def test_rows_of_different_lengths(curate: Command, tmp_path: Path, group: int) -> None:
     rows = vectors(20).tolist()
@@ -156,7 +169,7 @@ def test_own_files_of_different_lengths(curate: Command, tmp_path: Path) -> None
         rows = table(20, embedding=None).slice(10 * shard, 10)
         write(folder / "metadata" / f"metadata_{shard}.parquet", rows)
     ended = curate.prune(folder, tmp_path / "run")
-    check_refused(ended, 1, tmp_path / "run", "img_emb", "5.*8|8.*5", "one length|width")
+    check_refused(ended, 1, tmp_path / "run", "img_emb|metadata_1", "5.*8|8.*5", "one length|width")
 
 
 # --- --embeddings of another pool -------------------------------------------------------------
