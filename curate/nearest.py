@@ -143,8 +143,8 @@ class RankedRows:
             if int(close.sum()) > _DENSE * close.numel():
                 product.copy_(on_grid(exact_cosine(q.double(), c.double()), -1.0))
                 product.masked_fill_(~close, -torch.inf)
-                value, column = product.max(dim=1).values, product.argmax(dim=1)
-                _replace(top, at, np.arange(len(q)), value, tile[column.cpu().numpy()])
+                best = product.max(dim=1)  # the first of several
+                _replace(top, at, np.arange(len(q)), best.values, tile[best.indices.cpu().numpy()])
             else:
                 for row, value, column in self._exact_pairs(q, c, torch.nonzero(close)):
                     _replace(top, at, row, value, tile[column])
@@ -154,7 +154,9 @@ class RankedRows:
         self, q: torch.Tensor, c: torch.Tensor, pairs: torch.Tensor
     ) -> Iterator[tuple[Ranks, torch.Tensor, Ranks]]:
         """Yield rows of q with the best of their columns in c, in blocks of pairs."""
-        for block in pairs.split(max(1, self.rows.block_bytes // (32 * q.shape[1]))):
+        most = max(1, self.rows.block_bytes // (32 * q.shape[1]))
+        for start in range(0, len(pairs), most):
+            block = pairs[start : start + most]
             a, b = q[block[:, 0]].double(), c[block[:, 1]].double()
             values = on_grid(exact_row_cosine(a, b), -1.0)
             row, column = block.cpu().numpy().T

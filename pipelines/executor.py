@@ -98,6 +98,7 @@ def _start(
     global _worker
     os.environ[WORKER_VARIABLE] = str(numbers.get())
     # Read when torch is loaded, which only the workers that embed do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
     _worker = make_worker()
 

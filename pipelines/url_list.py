@@ -25,8 +25,9 @@ USER_AGENT_TOKEN = "curate"
 
 # img2dataset refuses these as additional columns, or would write two columns of one name.
 _RESERVED = frozenset(
-    "uid key url caption status error_message width height original_width original_height exif "
-    "md5 sha256 sha512 jpg png webp txt json".split()
+    {"uid", "key", "url", "caption", "status", "error_message", "exif"}
+    | {"width", "height", "original_width", "original_height"}
+    | {"md5", "sha256", "sha512", "jpg", "png", "webp", "txt", "json"}
 )
 _PREFIX = "pool_"
 

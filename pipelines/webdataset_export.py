@@ -107,9 +107,8 @@ def _json_names(rows: KeptRows) -> dict[str, str]:
 def _plain(column: pa.Array) -> list[Any]:
     """Return values that JSON can hold: text that is valid, and null where a float is not."""
     kind = column.type.value_type if pt.is_dictionary(column.type) else column.type
-    if not (pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)):
-        return clean_strings(column).to_pylist()
-    values = column.to_pylist()
+    number = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)
+    values: list[Any] = (column if number else clean_strings(column)).to_pylist()
     if pt.is_floating(kind):
         return [None if v is None or not math.isfinite(v) else v for v in values]
     return values
