@@ -85,9 +85,10 @@ def unit_float16(x: NDArray[np.floating]) -> tuple[NDArray[np.float16], NDArray[
     >>> unit_float16(np.array([[3.0, 4.0], [0.0, 0.0]]))[1].tolist()
     [True, False]
     """
-    wide = np.asarray(x, dtype=np.float32)
-    # Float32 holds the square of any float16 and of any embedding that a model makes.
+    # Float32 holds the square of any embedding that a model makes; what it cannot hold is infinite
+    # and hence not good.
     with np.errstate(over="ignore", invalid="ignore"):
+        wide = np.asarray(x, dtype=np.float32)
         norm = np.sqrt(np.einsum("ij,ij->i", wide, wide))
     good = np.isfinite(norm) & (norm > 1e-12)
     scaled = np.zeros(wide.shape, dtype=np.float16)

@@ -29,31 +29,12 @@ from curate.selection import Selection
 from curate.shards import read_parts
 from pipelines import demo_model, demo_pool
 from pipelines.demo_model import Pairs
-from pipelines.demo_pool import Scans
+from pipelines.demo_pool import Contents, Scans
 from pipelines.pruning import prune
 
 #: Far less than prune's default of 0.05, which suits models of the web: this one has only ten
 #: things to tell apart and draws all scans of a digit together.
 EPSILON = 0.001
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What the rows of a set are, by the columns that no stage of the pruning reads.
-
-    Attributes
-    ----------
-    rows : int
-    wrong_captions, junk_images : int
-        Rows whose caption names another digit; rows whose image shows nothing.
-    distinct_scans : int
-        Scans of which there is at least one row.
-    """
-
-    rows: int
-    wrong_captions: int
-    junk_images: int
-    distinct_scans: int
 
 
 @dataclass(frozen=True)
@@ -102,6 +83,7 @@ def run_demo(
     rows: int = 12_000,
     steps: int = 300,
     seeds: int = 3,
+    epsilon: float = EPSILON,
     stream: TextIO,
 ) -> DemoResult:
     """Build a spoiled pool, prune it, train on the result, and write down what came out.
@@ -122,6 +104,8 @@ def run_demo(
         Batches that every model is trained for.
     seeds : int
         Models per set.
+    epsilon : float
+        See `prune`. A model that was trained for fewer steps draws everything nearer together.
     stream : text file
         Where the story goes.
 
@@ -145,10 +129,11 @@ def run_demo(
         )
     out = Path(out)
     with locked(out):
-        params = {"seed": seed, "keep": keep, "rows": rows, "steps": steps, "seeds": seeds}
-        step = _open(out, params)
-        result = _Demo(out, stream, seed, keep, rows, steps, seeds).run()
-        step.finish()
+        demo = _Demo(out, stream, seed, keep, rows, steps, seeds, epsilon)
+        step = _open(out, demo.params())
+        result = demo.run()
+        if not step.complete:
+            step.finish()
     return result
 
 
@@ -182,13 +167,7 @@ def _load(folder: Path) -> _Loaded:
     # The scans are grey: the three channels are the same.
     pixels = [np.asarray(image.getchannel(0)) for image in images if image is not None]
     captions = rows["text"].filter(pa.array(decoded)).to_pylist()
-    scan = rows["scan"].to_numpy()
-    contents = Contents(
-        rows=len(rows),
-        wrong_captions=int(rows["caption_is_wrong"].to_numpy().sum()),
-        junk_images=int((scan == demo_pool.NO_SCAN).sum()),
-        distinct_scans=len(np.unique(scan[decoded & (scan != demo_pool.NO_SCAN)])),
-    )
+    contents = demo_pool.count_contents(rows, decoded)
     return _Loaded(contents, Pairs(np.stack(pixels), captions), decoded)
 
 
@@ -203,13 +182,19 @@ class _Demo:
     rows: int
     steps: int
     seeds: int
+    epsilon: float
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def params(self) -> dict[str, float]:
+        """Return what decides the result."""
+        names = ("seed", "keep", "rows", "steps", "seeds", "epsilon")
+        return {name: getattr(self, name) for name in names}
 
     def run(self) -> DemoResult:
         """Run the phases."""
         start = time.perf_counter()
-        trusted, held_out, scans = demo_pool.load_scans(self.seed)
-        self.say("A pool spoiled as the web is: pruned, then trained on\n")
+        with self.timed("pool"):
+            trusted, held_out, scans = demo_pool.load_scans(self.seed)
         pool = self.build_pool(scans)
         scorer_accuracy = self.train_scorer(trusted, held_out)
         selection = self.prune()
@@ -242,25 +227,37 @@ class _Demo:
         """Take the time of a phase."""
         start = time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def build_pool(self, scans: Scans) -> _Loaded:
         """Build the pool and load it."""
+        self.say(
+            f"pool    {self.rows:,} pairs made of {len(scans):,} real scans of handwritten digits; "
+            "popular\n        scans come again as shifted and re-encoded copies (Zipf's law)"
+        )
         with self.timed("pool"):
             demo_pool.build_pool(self.out / "pool", scans, seed=self.seed, rows=self.rows)
             pool = _load(self.out / "pool")
-        contents, broken = pool.contents, self.rows - len(pool.pairs)
+        shares = (
+            _share(count, self.rows)
+            for count in (
+                pool.contents.wrong_captions,
+                pool.contents.junk_images,
+                self.rows - len(pool.pairs),
+            )
+        )
         self.say(
-            f"pool    {self.rows:,} pairs made of {len(scans):,} real scans of handwritten digits; "
-            "popular\n        scans come again as shifted, re-encoded copies (Zipf's law)\n"
-            f"        {_share(contents.wrong_captions, self.rows)} wrong captions, "
-            f"{_share(contents.junk_images, self.rows)} junk images, "
-            f"{_share(broken, self.rows)} undecodable files{self._took('pool')}"
+            "        {} wrong captions, {} junk images, {} undecodable files".format(*shares)
+            + self._took("pool")
         )
         return pool
 
     def train_scorer(self, trusted: Scans, held_out: Scans) -> float:
         """Train the model that scores the pool; return its zero-shot accuracy."""
+        self.say(
+            f"model   a small CLIP of open_clip, trained for {self.steps} steps on {len(trusted)} "
+            "trusted scans"
+        )
         captions = demo_pool.captions_for(trusted.digits, self.seed, "trusted")
         with self.timed("model"):
             accuracy = demo_model.build_model(
@@ -271,9 +268,8 @@ class _Demo:
                 steps=self.steps,
             )
         self.say(
-            f"model   a small CLIP of open_clip, trained for {self.steps} steps on {len(trusted)} "
-            f"trusted scans;\n        zero-shot accuracy on {len(held_out)} held-out scans: "
-            f"{100 * accuracy:.1f}%{self._took('model')}"
+            f"        zero-shot accuracy on {len(held_out)} held-out scans: {100 * accuracy:.1f}%"
+            + self._took("model")
         )
         return accuracy
 
@@ -288,7 +284,7 @@ class _Demo:
         return {
             "model": str(model / demo_model.CONFIG_FILE),
             "pretrained": str(model / demo_model.WEIGHTS_FILE),
-            "epsilon": EPSILON,
+            "epsilon": self.epsilon,
             "seed": self.seed,
             "out": self.out / "run",
         }
@@ -337,13 +333,13 @@ class _Demo:
                 seeds=[self.seed + number for number in range(self.seeds)],
                 steps=self.steps,
             )
-        percent = f"{100 * self.keep:.0f}%"
-        names = {"full": "full pool", "random": f"random {percent}", "pruned": f"pruned {percent}"}
         self.say(
-            f"\nzero-shot accuracy of the same model trained from scratch, {self.steps} steps, "
-            f"{self.seeds} seeds{self._took('train')}\n"
-            + "\n".join(f"  {names[name]:<18}{_spread(accuracy[name])}" for name in names)
+            f"\nthe same model from scratch, {self.steps} steps, {self.seeds} seeds"
+            f"{self._took('train')}\n{'':<20}{'pairs':>8}    zero-shot accuracy"
         )
+        for name, pairs in sets.items():
+            words = _set_name(name, self.keep)
+            self.say(f"  {words:<18}{len(pairs):>8,}    {_percent(accuracy[name])}")
         return accuracy
 
     def _took(self, phase: str) -> str:
@@ -354,11 +350,14 @@ def _share(count: int, rows: int) -> str:
     return f"{100 * count / rows:.1f}%"
 
 
-def _spread(values: tuple[float, ...]) -> str:
+def _set_name(name: str, keep: float) -> str:
+    return "full pool" if name == "full" else f"{name} {100 * keep:.3g}%"
+
+
+def _percent(values: tuple[float, ...]) -> str:
     """Return mean and standard deviation in percent; one value has no spread."""
-    percent = [100 * value for value in values]
-    spread = f" +- {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.fmean(percent):>8.1f}{spread}"
+    spread = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
 
 
 def _wrapped_command(command: tuple[str, ...]) -> str:
@@ -370,16 +369,24 @@ def _wrapped_command(command: tuple[str, ...]) -> str:
 
 def _conclusion(result: DemoResult) -> str:
     """Say plainly how the pruned set compares, whatever came out."""
-    mean = {name: 100 * statistics.fmean(values) for name, values in result.accuracy.items()}
-    sizes = {"random": "a random set of the same size", "full": "the full pool"}
-    said = []
-    for name, words in sizes.items():
-        gain = mean["pruned"] - mean[name]
-        how = "better" if gain > 0 else "worse"
-        said.append(
-            f"{abs(gain):.1f} points {how} than {words}" if gain else f"no better than {words}"
-        )
-    return (
-        f"\nThe pruned set is {said[0]},\nand {said[1]}.\n\n"
-        f"{result.seconds['total']:.0f} s in all\nreport  {result.report}"
-    )
+    lines = [
+        f"{f'pruned against {other}':<24}{_compared(result.accuracy['pruned'], accuracy)}"
+        for other, accuracy in result.accuracy.items()
+        if other != "pruned"
+    ]
+    seconds = result.seconds["total"]
+    return "\n".join(["", *lines, "", f"time    {seconds:.0f} s", f"report  {result.report}"])
+
+
+def _compared(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+    """Return the difference of two means in words.
+
+    Examples
+    --------
+    >>> _compared((0.98, 0.96), (0.80, 0.84)), _compared((0.9, 0.8), (0.88, 0.84))
+    ('15.0 points better', '1.0 points worse, less than the spread of the seeds')
+    """
+    points = 100 * (statistics.fmean(ours) - statistics.fmean(theirs))
+    spread = max(100 * statistics.stdev(v) if len(v) > 1 else 0.0 for v in (ours, theirs))
+    within = ", less than the spread of the seeds" if abs(points) < spread else ""
+    return f"{abs(points):.1f} points {'better' if points > 0 else 'worse'}{within}"

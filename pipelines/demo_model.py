@@ -250,7 +250,9 @@ def build_model(folder: Path, trusted: Pairs, test: Scans, *, seed: int, steps: 
     from safetensors.torch import save_file
 
     params = {"seed": seed, "steps": steps, "scans": len(trusted), "config": CONFIG}
-    step = open_step(folder, step="demo-model", step_version=1, params=params, inputs={})
+    step = open_step(
+        folder, step="demo-model", step_version=1, params=params, inputs={}, overwrite=True
+    )
     if step.complete and (folder / WEIGHTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         return float(step.manifest["accuracy"])
     with _threads(1):

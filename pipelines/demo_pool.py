@@ -65,6 +65,25 @@ class Scans:
         return len(self.number)
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What the rows of a set are, by the columns that no stage of the pruning reads.
+
+    Attributes
+    ----------
+    rows : int
+    wrong_captions, junk_images : int
+        Rows whose caption names another digit; rows whose image shows nothing.
+    distinct_scans : int
+        Scans of which there is at least one row.
+    """
+
+    rows: int
+    wrong_captions: int
+    junk_images: int
+    distinct_scans: int
+
+
 def load_scans(seed: int) -> tuple[Scans, Scans, Scans]:
     """Split the scans into trusted ones, held-out ones, and those of the pool.
 
@@ -126,7 +145,9 @@ def build_pool(folder: Path, scans: Scans, *, seed: int, rows: int) -> StepFolde
         scan's number, -1 for junk) and caption_is_wrong (bool, False for junk).
     """
     params = {"seed": seed, "rows": rows}
-    step = open_step(folder, step="demo-pool", step_version=1, params=params, inputs={})
+    step = open_step(
+        folder, step="demo-pool", step_version=1, params=params, inputs={}, overwrite=True
+    )
     todo = missing_parts(folder, SHARDS)
     if step.complete and not todo:
         return step
@@ -137,6 +158,26 @@ def build_pool(folder: Path, scans: Scans, *, seed: int, rows: int) -> StepFolde
         write_part(folder, part, cut, row_group_rows=_ROW_GROUP)
     step.finish(rows=rows, parts=SHARDS)
     return step
+
+
+def count_contents(rows: pa.Table, decoded: NDArray[np.bool_]) -> Contents:
+    """Count what the rows of a pool are.
+
+    Parameters
+    ----------
+    rows : pyarrow.Table
+        With the columns scan and caption_is_wrong.
+    decoded : (n,) bool
+        Whether the image of a row can be decoded.
+    """
+    scan = rows["scan"].to_numpy()
+    shown = scan[decoded & (scan != NO_SCAN)]
+    return Contents(
+        rows=len(rows),
+        wrong_captions=int(rows["caption_is_wrong"].to_numpy().sum()),
+        junk_images=int((scan == NO_SCAN).sum()),
+        distinct_scans=len(np.unique(shown)),
+    )
 
 
 def _spoiled(scans: Scans, seed: int, rows: int) -> pa.Table:

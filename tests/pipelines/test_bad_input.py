@@ -87,7 +87,10 @@ def test_damaged_pages(curate: Command, tmp_path: Path, column: str) -> None:
     good = pool.read_bytes()
     chunk = pq.ParquetFile(pool).metadata.row_group(0)
     found = next(chunk.column(i) for i in range(chunk.num_columns) if _root(chunk, i) == column)
-    start, size = found.dictionary_page_offset or found.data_page_offset, found.total_compressed_size
+    start, size = (
+        found.dictionary_page_offset or found.data_page_offset,
+        found.total_compressed_size,
+    )
     pool.write_bytes(good[:start] + b"\xff" * size + good[start + size :])
     ended = curate.prune(pool, tmp_path / "run")
     check_refused(ended, 1, tmp_path / "run", r"pool\.parquet", "damaged", ADVICE)

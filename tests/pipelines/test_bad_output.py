@@ -221,7 +221,9 @@ def test_output_is_the_pools_folder(curate: Command, tmp_path: Path) -> None:
         assert files_below(tmp_path / "pool") == before
 
 
-@pytest.mark.parametrize("pattern", ["", "*.parquet", "*/*.parquet", "**/*.parquet", "*/*/*.parquet"])
+@pytest.mark.parametrize(
+    "pattern", ["", "*.parquet", "*/*.parquet", "**/*.parquet", "*/*/*.parquet"]
+)
 def test_output_inside_the_pool(curate: Command, tmp_path: Path, pattern: str) -> None:
     """Its own output must not become input: done already the second time, or refused at once."""
     folder = tmp_path / "pool"
