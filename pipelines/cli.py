@@ -22,8 +22,10 @@ from cyclopts import App, Group, Parameter
 
 from pipelines.config import (
     DemoConfig,
+    DownloadConfig,
     EmbedConfig,
     ExplainConfig,
+    ExportConfig,
     PruneConfig,
     ReportConfig,
 )
@@ -125,6 +127,55 @@ def embed(config: EmbedConfig, *, messages: Messages | None = None) -> int:
     _write(f"embeddings  {embeddings.path} ({len(embeddings):,} x {embeddings.image.shape[1]})")
     check_failed(embeddings, config.max_failed)
     return OK
+
+
+@app.command
+def download(config: DownloadConfig, *, messages: Messages | None = None) -> int:
+    """Download the images of a pool of addresses; the result is a pool with every column kept.
+
+    Runs img2dataset. Opt-out headers (noai, noimageai, noindex, noimageindex, noml) are obeyed;
+    robots.txt is not read. The same command continues a download that was interrupted.
+    """
+    _set_up(messages)
+    from pipelines.config import default_out
+    from pipelines.downloading import describe_download, run_download
+    from pipelines.img2dataset_process import Fetch
+    from pipelines.source import open_pool
+
+    fetch = Fetch(
+        image_size=config.image_size,
+        resize_mode=config.resize_mode,
+        samples_per_shard=config.samples_per_shard,
+        processes=config.processes,
+        threads=config.threads,
+        timeout=config.timeout,
+        retries=config.retries,
+        program=config.img2dataset,
+    )
+    pool, out = open_pool(config), config.out or default_out(config.pool, "images")
+    if config.dry_run:
+        return _write(describe_download(pool, out, fetch=fetch))
+    found = run_download(
+        pool, out, fetch=fetch, retry_failed=config.retry_failed, overwrite=config.overwrite
+    )
+    return _write(found.summary())
+
+
+@app.command
+def export(config: ExportConfig, *, messages: Messages | None = None) -> int:
+    """Write what a run kept in the format that the next tool reads."""
+    _set_up(messages)
+    from pipelines.export_formats import run_export
+
+    exported = run_export(
+        config.run,
+        config.to,
+        config.out,
+        samples_per_tar=config.samples_per_tar,
+        workers=config.workers,
+        overwrite=config.overwrite,
+    )
+    return _write(exported.summary())
 
 
 @app.command

@@ -25,6 +25,7 @@ _MODEL = Group("Embedding", sort_key=2)
 _DEDUP = Group("Duplicates", sort_key=3)
 _SCORE = Group("CLIP score", sort_key=4)
 _PRUNE = Group("Pruning", sort_key=5)
+_DOWNLOAD = Group("Download", sort_key=5)
 _RUN = Group("Run", sort_key=6)
 
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -260,6 +261,87 @@ class ExplainConfig:
 
     run: Path
     uid: list[str]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write the kept rows of a run in another format.
+
+    Attributes
+    ----------
+    run
+        Folder that curate prune wrote.
+    to
+        parquet (the run's pool/, or hard links to it), webdataset (tars that open_clip streams),
+        datacomp (subset.npy for its resharder), img2dataset (a list of addresses), or uids.
+    out
+        Output folder. [default: RUN/export-TO; for parquet RUN/pool, which is there already]
+    samples_per_tar
+        Kept rows per tar, whatever the pool's shards.
+    workers
+        Processes that write tars.
+    overwrite
+        Replace an export of another selection in the same folder.
+    """
+
+    run: Path
+    to: Literal["parquet", "webdataset", "datacomp", "img2dataset", "uids"]
+    out: Path | None = None
+    samples_per_tar: Annotated[int, _AT_LEAST_ONE] = 10_000
+    workers: Annotated[int, _AT_LEAST_ONE] = 1
+    overwrite: Annotated[bool, Parameter(negative="")] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig(PoolConfig):
+    """Download the images of a pool of addresses with img2dataset.
+
+    Attributes
+    ----------
+    out
+        Output folder, which is a pool. [default: NAME-images beside the pool]
+    image_size
+        Resize to this many pixels. [default: JPEG files stay as they came, byte for byte; other
+        formats become JPEG]
+    resize_mode
+        How to resize; used with --image-size only. keep_ratio goes by the shorter side.
+    samples_per_shard
+        Rows per file of images.
+    processes
+        Processes that download and decode.
+    threads
+        Downloads at a time in each process.
+    timeout
+        Seconds to wait for a server.
+    retries
+        Further attempts for each address.
+    retry_failed
+        Ask again for the rows that failed, except where servers have opted out.
+    img2dataset
+        The program, if it is in another environment. [default: $CURATE_IMG2DATASET, else found]
+    overwrite
+        Replace a download of another pool or with other parameters in the same folder.
+    dry_run
+        Print the command that would run, and do nothing.
+    """
+
+    out: Annotated[Path | None, Parameter(group=_RUN)] = None
+    image_size: Annotated[int | None, Parameter(group=_DOWNLOAD), _AT_LEAST_ONE] = None
+    resize_mode: Annotated[
+        Literal["keep_ratio", "keep_ratio_largest", "center_crop", "border"],
+        Parameter(group=_DOWNLOAD),
+    ] = "keep_ratio"
+    samples_per_shard: Annotated[int, Parameter(group=_DOWNLOAD), _AT_LEAST_ONE] = 10_000
+    processes: Annotated[int, Parameter(group=_DOWNLOAD), _AT_LEAST_ONE] = 1
+    threads: Annotated[int, Parameter(group=_DOWNLOAD), _AT_LEAST_ONE] = 32
+    timeout: Annotated[int, Parameter(group=_DOWNLOAD), _AT_LEAST_ONE] = 10
+    retries: Annotated[int, Parameter(group=_DOWNLOAD), _COUNT] = 0
+    retry_failed: Annotated[bool, Parameter(group=_DOWNLOAD, negative="")] = False
+    img2dataset: Annotated[Path | None, Parameter(group=_DOWNLOAD)] = None
+    overwrite: Annotated[bool, Parameter(group=_RUN, negative="")] = False
+    dry_run: Annotated[bool, Parameter(group=_RUN, negative="")] = False
 
 
 @Parameter(name="*")

@@ -118,7 +118,7 @@ def run_download(
         If the folder holds another download and `overwrite` is off.
     """
     fetch, out = fetch or Fetch(), Path(out)
-    columns = url_columns(pool.schema, pool.mapping, source=f"{pool!r}")
+    columns = url_columns(pool.schema, pool.mapping, source=_place(pool))
     if any(sign in str(out.absolute()) for sign in _WILD):
         raise ValueError(f"--out {out} has one of {_WILD} in it, which img2dataset cannot take")
     program = find_img2dataset(fetch.program)
@@ -141,7 +141,7 @@ def run_download(
 def describe_download(pool: Pool, out: str | Path, *, fetch: Fetch | None = None) -> str:
     """Return what a download would do, and the command that it would run; nothing is written."""
     fetch, out = fetch or Fetch(), Path(out)
-    columns = url_columns(pool.schema, pool.mapping, source=f"{pool!r}")
+    columns = url_columns(pool.schema, pool.mapping, source=_place(pool))
     arguments = img2dataset_arguments(out / "_urls", out / "images", columns, fetch.options())
     shards = sum(-(-shard.rows // fetch.samples_per_shard) for shard in pool.shards)
     return (
@@ -149,6 +149,11 @@ def describe_download(pool: Pool, out: str | Path, *, fetch: Fetch | None = None
         f"out         {out} ({shards:,} shards of at most {fetch.samples_per_shard:,} rows)\n"
         f"runs        {command_line('img2dataset', arguments)}"
     )
+
+
+def _place(pool: Pool) -> str:
+    files = pool.source.files
+    return files[0].path if len(files) == 1 else pool.source.root
 
 
 @dataclass(frozen=True)

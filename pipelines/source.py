@@ -17,13 +17,8 @@ from curate.errors import PoolError
 from curate.manifest import digest, read_manifest
 from curate.pool import Pool, Shard
 from curate.sources import SourceFile, fingerprint_file
-from pipelines.config import EmbedConfig, PoolConfig, PruneConfig
+from pipelines.config import EmbedConfig, PoolConfig, PruneConfig, default_out
 from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec
-
-_DOWNLOAD = (
-    "img2dataset --url_list {pool} --input_format parquet --url_col {url}{caption} "
-    "--output_format parquet --output_folder {out}"
-)
 
 
 @dataclass(frozen=True)
@@ -130,16 +125,11 @@ def resolve_source(pool: Pool, config: EmbedConfig | PruneConfig) -> Source:
     if pool.bundled_embeddings is not None and not asks_for_model:
         return pool.bundled_embeddings
     if pool.mapping.image is None and pool.url_only:
-        caption = f" --caption_col {pool.mapping.text}" if pool.mapping.text else ""
-        command = _DOWNLOAD.format(
-            pool=config.pool,
-            url=pool.mapping.url,
-            caption=caption,
-            out=f"{Path(config.pool).stem}-images",
-        )
+        out = default_out(config.pool, "images")
         raise PoolError(
-            f"{config.pool} holds addresses but no images and no embeddings. Download them first "
-            f"(pip install 'curate-distill[download]'): {command}"
+            f"{config.pool} holds addresses but no images and no embeddings. Download them first: "
+            f"curate download --pool {config.pool} --out {out} (runs img2dataset: "
+            "pip install 'curate-distill[download]')"
         )
     return EncoderSpec(
         model=config.model or DEFAULT_MODEL,

@@ -108,8 +108,8 @@ def test_urls_alone_are_refused_with_the_command_to_run(
     pq.write_table(table, tmp_path / "laion.parquet")
     assert run(["prune", "--pool", str(tmp_path / "laion.parquet"), "--keep", "0.3"]) == 1
     said = capsys.readouterr().err
-    assert "img2dataset" in said
-    assert "--url_col URL" in said
+    assert f"curate download --pool {tmp_path / 'laion.parquet'}" in said
+    assert "curate-distill[download]" in said
 
 
 def test_embed_then_prune_with_those(pool: Path, tmp_path: Path) -> None:
