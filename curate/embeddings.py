@@ -7,7 +7,7 @@ row. A row that could not be embedded is a row of zeros with a status that is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from curate.errors import ShardError
 from curate.manifest import atomic_path, read_manifest
-from curate.shards import write_parquet
+from curate.shards import read_array, write_array, write_parquet
 
 METADATA = pa.schema(
     [
@@ -49,6 +49,11 @@ def metadata_path(folder: Path, part: int) -> Path:
     return folder / "metadata" / f"metadata_{part:04d}.parquet"
 
 
+def part_exists(folder: Path, part: int) -> bool:
+    """Return whether a part is there; its metadata is written last, but may outlive the rest."""
+    return metadata_path(folder, part).exists() and image_path(folder, part).exists()
+
+
 def write_embedding_part(
     folder: Path,
     part: int,
@@ -60,8 +65,7 @@ def write_embedding_part(
     """Write one part: the metadata last, since it is what marks the part as whole."""
     for path, array in ((image_path(folder, part), image), (text_path(folder, part), text)):
         if array is not None:
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+            write_array(path, array)
     with atomic_path(metadata_path(folder, part)) as temporary:
         write_parquet(temporary, metadata.cast(METADATA))
 
@@ -117,6 +121,12 @@ class ShardedRows:
     ) -> None:
         if not parts:
             raise ValueError("parts must hold at least one array")
+        widths = {part.shape[1] for part in parts}
+        if len(widths) != 1:
+            raise ShardError(
+                f"embeddings are of {min(widths)} numbers in one shard and of {max(widths)} in "
+                "another; all embeddings of a pool need one length"
+            )
         self._parts = list(parts)
         self._starts = np.cumsum([0] + [len(part) for part in parts])
         self._index = index
@@ -215,22 +225,23 @@ class Embeddings:
     @cached_property
     def image(self) -> ShardedRows:
         """(n, d) float16, unit rows, or zeros where `status` is not ok."""
-        return ShardedRows([_memory_map(image_path(self.path, i)) for i in range(self.parts)])
+        return self._rows(image_path)
 
     @cached_property
     def text(self) -> ShardedRows | None:
         """(n, d) float16 of the captions, or None for an image-only encoder."""
         if not text_path(self.path, 0).exists():
             return None
-        return ShardedRows([_memory_map(text_path(self.path, i)) for i in range(self.parts)])
+        return self._rows(text_path)
+
+    def _rows(self, path_of: Callable[[Path, int], Path]) -> ShardedRows:
+        paths = [path_of(self.path, part) for part in range(self.parts)]
+        return ShardedRows([read_array(path, memory_map=True) for path in paths])
 
     def metadata(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return `uid`, `status`, `detail`, `text_status`, or those asked for."""
-        tables = [
-            pq.read_table(metadata_path(self.path, i), columns=columns, partitioning=None)
-            for i in range(self.parts)
-        ]
-        return pa.concat_tables(tables)
+        paths = [metadata_path(self.path, i) for i in range(self.parts)]
+        return pa.concat_tables([_read_metadata(path, columns) for path in paths])
 
     def __len__(self) -> int:
         return len(self.image)
@@ -247,9 +258,10 @@ class Embeddings:
         )
 
 
-def _memory_map(path: Path) -> NDArray[np.float16]:
+def _read_metadata(path: Path, columns: Sequence[str] | None) -> pa.Table:
     try:
-        array: NDArray[np.float16] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path} is missing or damaged ({error}); remove its folder") from error
-    return array
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise ShardError(
+            f"{path} is missing or damaged; remove it and run the same command again"
+        ) from error

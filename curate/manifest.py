@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a write that fails does not say where
         raise
     _fsync_folder(path.parent)
 
@@ -85,8 +88,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def manifest_beside(folder: Path) -> Path:
+    """Return where the manifest of a folder lies that holds Parquet parts and nothing else.
+
+    Whoever reads a folder as one table (polars, pandas, Arrow, `datasets`) stumbles over any other
+    file in it.
+    """
+    return folder.with_name(f"{folder.name}.{NAME}")
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return a folder's manifest, or None where there is none.
+    """Return the manifest in a folder or beside it, or None where there is none.
 
     Raises
     ------
@@ -95,13 +107,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / NAME
     if not path.exists():
+        path = manifest_beside(folder)
+    if not path.exists():
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise ShardError(f"{path} is not readable as JSON ({error}); remove the folder") from error
+    needed = {"format": str, "step": str, "fingerprint": str, "complete": bool, "times": dict}
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ShardError(f"{path} was not written by this tool; choose another output folder")
+    if not all(isinstance(manifest.get(key), kind) for key, kind in needed.items()):
+        raise ShardError(
+            f"{path} is damaged: it lacks what every manifest holds; remove the folder"
+        )
     return manifest
 
 
@@ -114,6 +133,7 @@ class StepFolder:
 
     path: Path
     manifest: dict[str, Any]
+    file: Path
     started: float = field(default_factory=time.time)
 
     @property
@@ -129,7 +149,7 @@ class StepFolder:
     def record(self, **fields: Any) -> None:
         """Add fields to the manifest on disk before the step is complete."""
         self.manifest.update(fields)
-        atomic_write_json(self.path / NAME, self.manifest)
+        atomic_write_json(self.file, self.manifest)
 
     def finish(self, **fields: Any) -> None:
         """Mark the folder as whole, with what the step wants to say about its result."""
@@ -147,6 +167,7 @@ def open_step(
     inputs: Mapping[str, str],
     overwrite: bool = False,
     keep_content: bool = False,
+    beside: bool = False,
 ) -> StepFolder:
     """Open the folder of a step: begin it, continue it, or find it complete.
 
@@ -165,6 +186,8 @@ def open_step(
     keep_content : bool
         When replacing, keep what lies in the folder: its parts are steps of their own, each with
         a manifest, and those whose fingerprint still holds are used again.
+    beside : bool
+        Keep the manifest beside the folder (`manifest_beside`).
 
     Raises
     ------
@@ -175,14 +198,15 @@ def open_step(
     identity = {"step": step, "step_version": step_version, "params": dict(params)}
     identity["inputs"] = dict(inputs)
     identity = json.loads(json.dumps(identity))
+    file = manifest_beside(path) if beside else path / NAME
     manifest = read_manifest(path)
     if manifest is not None and manifest["fingerprint"] == digest(identity):
-        return StepFolder(path, manifest)
+        return StepFolder(path, manifest, file)
     if manifest is not None:
         if not overwrite:
             raise FingerprintError(describe_difference(path, manifest, identity))
         if not keep_content:
-            _clear(path)
+            _clear(path, file)
     elif path.is_dir() and any(child.name != _temporary(NAME) for child in path.iterdir()):
         # A run that was killed in its first moment leaves nothing but the temporary manifest.
         raise FingerprintError(
@@ -199,6 +223,7 @@ def open_step(
             "versions": _versions(),
             "times": {"started": _now()},
         },
+        file,
     )
     folder.record()
     return folder
@@ -231,14 +256,14 @@ def _short(value: Any) -> str:
     return text[:13] + '..."' if is_hash else text
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, file: Path) -> None:
     # The manifest goes first: a kill half-way must not leave a folder that claims to be whole.
     # What it leaves is a folder of parts without a manifest, hence the marker that it is ours.
-    manifest = json.loads((path / NAME).read_text(encoding="utf-8"))
+    manifest = json.loads(file.read_text(encoding="utf-8"))
     manifest.update(complete=False, fingerprint="cleared", params={"cleared": True}, inputs={})
-    atomic_write_json(path / NAME, manifest)
-    for child in path.iterdir():
-        if child.name == NAME:
+    atomic_write_json(file, manifest)
+    for child in path.iterdir() if path.exists() else ():
+        if child == file:
             continue
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -257,7 +282,13 @@ def locked(folder: Path) -> Iterator[None]:
     FingerprintError
         If another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FingerprintError(
+            f"{folder} is not a folder and cannot become one, since a file is in its place; "
+            "choose another --out"
+        ) from error
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -277,6 +308,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:

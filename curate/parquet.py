@@ -66,7 +66,9 @@ def read_footer(file: SourceFile) -> Footer:
     """
     with (
         _as_error(
-            PoolError, f"{file.path} cannot be read as Parquet (cut short, or another format)"
+            PoolError,
+            f"{file.path} cannot be read as Parquet (cut short, or another format): "
+            "write or download it again, or leave it out",
         ),
         _open(file.path) as opened,
     ):
@@ -202,7 +204,12 @@ def read_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.Reco
         If the pages are damaged, or the file is not the one that was opened.
     """
     groups = range(*(shard.row_groups or (0, 0)))
-    with _as_error(ShardError, f"{shard.label} is damaged"), _open(shard.path) as opened:
+    with (
+        _as_error(
+            ShardError, f"{shard.label} is damaged: write or download it again, or leave it out"
+        ),
+        _open(shard.path) as opened,
+    ):
         parquet = pq.ParquetFile(opened, buffer_size=_READ_BUFFER, pre_buffer=False)
         if parquet.metadata.num_row_groups < groups.stop or shard.rows != sum(
             parquet.metadata.row_group(group).num_rows for group in groups

@@ -111,4 +111,11 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
             f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA "
             "device(s); use --device cpu, or 'auto' to take what is there"
         )
+    if resolved.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=resolved).cpu()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"device {device!r} cannot compute here; use --device cpu, or 'auto'"
+            ) from error
     return resolved

@@ -1,4 +1,4 @@
-"""Parts of a folder as Parquet: the one place that writes Parquet files.
+"""Parts of a folder: the one place that writes Parquet and .npy files.
 
 Part *i* of any folder of a run belongs to shard *i* of the pool. A part is written to a temporary
 name, fsynced and renamed, so that a part that exists is whole.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from curate.errors import ShardError
 from curate.manifest import atomic_path
@@ -117,3 +120,31 @@ def read_parts(folder: Path, parts: int, columns: Sequence[str] | None = None) -
 def missing_parts(folder: Path, parts: int) -> list[int]:
     """Return the numbers of the parts that are not there yet."""
     return [index for index in range(parts) if not part_path(folder, index).exists()]
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a .npy file, whole or not at all.
+
+    Not by `np.save`: where the disk is full that says how many items were written, but not why.
+    """
+    values = np.ascontiguousarray(array)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.reshape(-1).view(np.uint8).data)
+
+
+def read_array(path: Path, *, memory_map: bool = False) -> NDArray[Any]:
+    """Read a .npy file, or map it into memory.
+
+    Raises
+    ------
+    ShardError
+        If the file is missing or damaged.
+    """
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r" if memory_map else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise ShardError(
+            f"{path} is missing or damaged ({error}); remove it and run the same command again"
+        ) from error
+    return array

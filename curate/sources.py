@@ -133,13 +133,17 @@ def _hidden(path: str) -> bool:
     return posixpath.basename(path.rstrip("/")).startswith((".", "_"))
 
 
+def _broken_link(entry: dict[str, Any]) -> bool:
+    return bool(entry.get("islink")) and not Path(entry["name"]).exists()
+
+
 def _known(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keep the Parquet and tar files, in order of their names; what is hidden is left out."""
     kept = [
         entry
         for entry in entries
         # A broken link stays in, to be an error; sockets and pipes would block who opens them.
-        if entry["type"] in ("file", "link")
+        if (entry["type"] in ("file", "link") or _broken_link(entry))
         and _suffix(entry["name"]) in _SUFFIXES
         and not _hidden(entry["name"])
     ]
@@ -199,6 +203,8 @@ def _find(filesystem: Any, inner: str, source: str) -> tuple[str, list[dict[str,
             )
         return posixpath.dirname(inner), [filesystem.info(inner)], "files"
     if filesystem.isdir(inner):
+        if filesystem.isdir(f"{inner}/selection") and filesystem.isdir(f"{inner}/pool"):
+            raise PoolError(f"{source} is the folder of a run; its kept rows are {source}/pool")
         entries, clip_retrieval = _list_folder(filesystem, inner, source)
         return inner, entries, "clip-retrieval" if clip_retrieval else "files"
     if any(sign in inner for sign in _WILD):

@@ -7,12 +7,15 @@ The headers are parsed here and not by `tarfile`, which takes more than twice as
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 from curate.errors import ShardError
+
+logger = logging.getLogger(__name__)
 
 #: A larger member is recorded, not read.
 MAX_MEMBER_BYTES = 256 << 20
@@ -126,12 +129,14 @@ class _Headers:
         self._end = file.seek(0, os.SEEK_END)
         self._name: bytes | None = None
         self._size: int | None = None
+        self.ended = False
 
     def __iter__(self) -> Iterator[Member]:
         position = 0
         while position < self._end:
             block = self._read(position, _BLOCK)
             if not any(block):
+                self.ended = True
                 return
             _check_sum(block)
             kind = block[156:157]
@@ -317,7 +322,8 @@ def summarise(file: BinaryIO, *, name: str) -> TarSummary:
     """
     summary = TarSummary()
     try:
-        for _, members in _groups(_Headers(file)):
+        headers = _Headers(file)
+        for _, members in _groups(headers):
             summary.samples += 1
             if len(summary.extensions) < 1000:
                 summary.extensions.update(members)
@@ -327,4 +333,8 @@ def summarise(file: BinaryIO, *, name: str) -> TarSummary:
                 summary.first_json = parse_json(file.read(described.size))
     except (_DamagedError, OSError) as error:
         raise _error(name, summary.samples, error) from error
+    if not headers.ended:
+        logger.warning(
+            "%s has no end mark: it may be cut short after %d samples", name, summary.samples
+        )
     return summary

@@ -158,7 +158,7 @@ def _repeated(uids: pa.Array, codes: NDArray[np.int64], rows: NDArray[np.int64])
     return PoolError(
         f"{rows.size} rows repeat the uid of an earlier row: {', '.join(examples)}. Uids must be "
         "unique: name another column with --uid-col, derive them with --uid-col '', or drop the "
-        "repeated rows"
+        "repeated rows (with --overwrite for the same --out)"
     )
 
 

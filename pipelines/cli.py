@@ -7,6 +7,7 @@ With CURATE_DEBUG=1 in the environment errors keep their traceback.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -191,11 +193,16 @@ def report(config: ReportConfig, *, messages: Messages | None = None) -> int:
 def explain(config: ExplainConfig, *, messages: Messages | None = None) -> int:
     """Say what happened to rows of a run, and why: one JSON object per uid."""
     _set_up(messages)
+    from curate.errors import PoolError
     from curate.selection import Selection
 
     selection = Selection.open(config.run)
     for uid in config.uid:
-        _write(json.dumps(selection.explain(uid), ensure_ascii=False))
+        try:
+            row = selection.explain(uid)
+        except KeyError as error:
+            raise PoolError(error.args[0]) from error
+        _write(json.dumps(row, ensure_ascii=False))
     return OK
 
 
@@ -238,6 +245,9 @@ def _toml(tokens: list[str]) -> list[Callable[..., Any]]:
         raise _UsageError(f"--config {path} is not TOML: {error}") from error
     verb = next((token for token in tokens if not token.startswith("-")), "")
     by_verb = isinstance(content.get(verb), dict)
+    stray = [key for key, value in content.items() if not isinstance(value, dict)]
+    if by_verb and stray:
+        raise _UsageError(f"--config {path}: {', '.join(stray)} outside [{verb}]; move it in there")
     content = content[verb] if by_verb else content
     return [cyclopts.config.Dict(content, source=str(path), use_commands_as_keys=False)]
 
@@ -251,13 +261,16 @@ def _config_path(tokens: list[str]) -> Path | None:
     return None
 
 
+def _refuse_empty(tokens: list[str]) -> None:
+    """Refuse --out "$UNSET", which would be the current folder."""
+    pairs = [*pairwise(tokens), *(token.split("=", 1) for token in tokens if "=" in token)]
+    for flag, value in pairs:
+        if flag in ("--pool", "--out", "--run", "--embeddings", "--config") and value == "":
+            raise _UsageError(f"{flag} is empty; give a path (is a shell variable not set?)")
+
+
 class _UsageError(Exception):
     """Wrong usage that cyclopts does not see."""
-
-
-def _fail(code: int, message: object) -> int:
-    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
-    return code
 
 
 def main(tokens: list[str] | None = None) -> None:
@@ -270,36 +283,50 @@ def main(tokens: list[str] | None = None) -> None:
 
 def run(tokens: list[str]) -> int:
     """Run the command; return its exit code."""
+    from curate.errors import CurateError
+
+    errors = (cyclopts.CycloptsError, _UsageError, CurateError, ValueError, TypeError, ImportError)
     try:
-        return _run(tokens)
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; the same command continues where it stopped")
-
-
-def _run(tokens: list[str]) -> int:
-    from curate.errors import BudgetError, CurateError
-
-    if os.environ.get("CURATE_DEBUG"):
-        app.config = _toml(tokens)
-        return app(tokens) or OK
-    try:
+        _refuse_empty(tokens)
         app.config = _toml(tokens)
         result = app(tokens, exit_on_error=False, print_error=False)
         return result if isinstance(result, int) else OK
-    except (cyclopts.CycloptsError, _UsageError, ValueError, TypeError) as error:
-        return _fail(WRONG_USAGE, error)
-    except BudgetError as error:
-        return _fail(CANNOT_BE_MET, error)
-    except KeyError as error:
-        return _fail(FAILED, error.args[0])
-    except (CurateError, ImportError) as error:
-        return _fail(FAILED, error)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        return _fail(FAILED, f"{error.strerror or error}{where}")
-    except MemoryError:
-        return _fail(FAILED, "out of memory; a smaller --batch-size or fewer --workers need less")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (*errors, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if os.environ.get("CURATE_DEBUG"):
             raise
-        return _fail(FAILED, "the GPU is out of memory; a smaller --batch-size needs less")
+        code, message = _failure(error)
+        if code is None:  # not of a kind that a user could mend: a bug, with its traceback
+            raise
+    from pipelines.logs import write_error
+
+    given = " ".join(tokens).replace("--log-format=", "--log-format ").split()
+    write_error(message, "json" if ("--log-format", "json") in pairwise(given) else "text")
+    return code
+
+
+def _failure(error: BaseException) -> tuple[int | None, str]:
+    """Return the exit code and the message of an error."""
+    from curate.errors import BudgetError, CurateError
+
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; the same command continues where it stopped"
+    if isinstance(error, MemoryError):
+        return FAILED, "out of memory; a smaller --batch-size or fewer --workers need less"
+    if isinstance(error, RuntimeError):
+        full = type(error).__name__ == "OutOfMemoryError"
+        return (FAILED if full else None), "the GPU is out of memory; use a smaller --batch-size"
+    if isinstance(error, OSError):
+        return FAILED, _file_failure(error)
+    if isinstance(error, CurateError | ImportError):
+        return CANNOT_BE_MET if isinstance(error, BudgetError) else FAILED, str(error)
+    hint = ""
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        hint = " They belong to no flag; a glob must be quoted: --pool 'shards/*.parquet'"
+    return WRONG_USAGE, f"{error}{hint}"
+
+
+def _file_failure(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "; what is whole is kept: make room and run the same command again" if full else ""
+    return f"{error.strerror or error}{where}{hint}"

@@ -6,19 +6,31 @@ reads these classes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token, convert
 from cyclopts.validators import Number
 
 _FRACTION = Parameter(validator=Number(gt=0, lte=1))
 _SHARE = Parameter(validator=Number(gte=0, lte=1))
 _POSITIVE = Parameter(validator=Number(gt=0))
 _DISTANCE = Parameter(validator=Number(gte=0, lte=2))
-_COUNT = Parameter(validator=Number(gte=0))
-_AT_LEAST_ONE = Parameter(validator=Number(gte=1))
+
+
+def _whole(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Convert to a whole number or a word; cyclopts alone would round 2.5."""
+    if "." in tokens[0].value:
+        raise ValueError(f'"{tokens[0].value}" is not a whole number (int)')
+    return convert(kind, tokens)
+
+
+_WHOLE = Parameter(converter=_whole)
+_COUNT = Parameter(validator=Number(gte=0), converter=_whole)
+_AT_LEAST_ONE = Parameter(validator=Number(gte=1), converter=_whole)
 
 _POOL = Group("Pool", sort_key=1)
 _MODEL = Group("Embedding", sort_key=2)
@@ -202,10 +214,10 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
     dedup_keep: Annotated[
         Literal["clip-score", "hard", "easy", "random"], Parameter(group=_DEDUP)
     ] = "clip-score"
-    dedup_clusters: Annotated[Literal["auto"] | int, Parameter(group=_DEDUP)] = "auto"
+    dedup_clusters: Annotated[Literal["auto"] | int, Parameter(group=_DEDUP), _WHOLE] = "auto"
     clip_fraction: Annotated[Literal["auto"] | float, Parameter(group=_SCORE)] = "auto"
     min_clip_score: Annotated[float | None, Parameter(group=_SCORE)] = None
-    clusters: Annotated[Literal["auto"] | int, Parameter(group=_PRUNE)] = "auto"
+    clusters: Annotated[Literal["auto"] | int, Parameter(group=_PRUNE), _WHOLE] = "auto"
     kmeans_iterations: Annotated[int, Parameter(group=_PRUNE), _AT_LEAST_ONE] = 20
     backend: Annotated[Literal["auto", "torch", "faiss"], Parameter(group=_PRUNE)] = "auto"
     preset: Annotated[Literal["paper", "repo"], Parameter(group=_PRUNE)] = "paper"
@@ -223,6 +235,10 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
             raise ValueError(f"keep must be in (0, 1], got {self.keep}; for 28 percent pass 0.28")
         if self.clip_fraction != "auto" and not 0 < self.clip_fraction <= 1:
             raise ValueError(f"clip_fraction must be auto or in (0, 1], got {self.clip_fraction}")
+        for name in ("temperature", "min_clip_score"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, got {number}")
         for name in ("clusters", "dedup_clusters"):
             value = getattr(self, name)
             if value != "auto" and value < 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,11 +153,14 @@ class _Loaded:
 
     contents: Contents
     pairs: Pairs
+    uids: NDArray[np.object_]
     decoded: NDArray[np.bool_]
 
-    def among(self, chosen: NDArray[np.bool_]) -> Pairs:
-        """Return the pairs of the chosen rows."""
-        return self.pairs.take(np.flatnonzero(chosen[self.decoded]))
+    def among(self, uids: Sequence[str]) -> Pairs:
+        """Return the pairs of those uids; a row that cannot be decoded has none."""
+        chosen = set(uids)
+        rows = [row for row, uid in enumerate(self.uids[self.decoded]) if uid in chosen]
+        return self.pairs.take(np.array(rows, dtype=np.int64))
 
 
 def _load(folder: Path) -> _Loaded:
@@ -168,7 +171,8 @@ def _load(folder: Path) -> _Loaded:
     pixels = [np.asarray(image.getchannel(0)) for image in images if image is not None]
     captions = rows["text"].filter(pa.array(decoded)).to_pylist()
     contents = demo_pool.count_contents(rows, decoded)
-    return _Loaded(contents, Pairs(np.stack(pixels), captions), decoded)
+    uids = rows["uid"].to_numpy().astype(object)
+    return _Loaded(contents, Pairs(np.stack(pixels), captions), uids, decoded)
 
 
 @dataclass
@@ -318,12 +322,11 @@ class _Demo:
     ) -> dict[str, tuple[float, ...]]:
         """Train on each set from scratch, for equally many steps."""
         chance = rng(self.seed, "demo", "random part")
-        drawn = np.zeros(self.rows, dtype=bool)
-        drawn[chance.choice(self.rows, size=len(selection.kept_uids), replace=False)] = True
+        drawn = chance.choice(pool.uids, size=len(selection.kept_uids), replace=False).tolist()
         sets = {
             "full": pool.pairs,
             "random": pool.among(drawn),
-            "pruned": pool.among(selection.table["kept"].to_numpy()),
+            "pruned": pool.among(selection.kept_uids),
         }
         with self.timed("train"):
             accuracy = demo_model.evaluate_sets(

@@ -37,7 +37,8 @@ CONFIG: dict[str, Any] = {
 }
 CONFIG_FILE, WEIGHTS_FILE = "digits.json", "digits.safetensors"
 BATCH = 64
-_LEARNING_RATE = 5e-3
+_LEARNING_RATE = 3e-3
+_MOST_GRADIENT_NORM = 1.0
 _MOST_LOGIT_SCALE = 100.0
 _MOST_SHIFT = 4
 _NOISE = 0.3
@@ -153,6 +154,8 @@ def train(
         loss = _loss(model, inputs, texts, rows)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        # Wrong captions now and then make a gradient from which a model would not recover in time.
+        torch.nn.utils.clip_grad_norm_(trained, _MOST_GRADIENT_NORM)
         optimizer.step()
         schedule.step()
     model.eval()
@@ -333,12 +336,3 @@ def _trainers(stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def load_model(folder: Path) -> torch.nn.Module:
-    """Return the model that `build_model` saved, in evaluation mode."""
-    from safetensors.torch import load_file
-
-    model = new_model(0)
-    model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    return model.eval()

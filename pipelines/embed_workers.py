@@ -22,6 +22,7 @@ from curate.embeddings import (
     unit_float16,
     write_embedding_part,
 )
+from curate.errors import PoolError
 from curate.manifest import file_sha256
 from curate.pool import Pool
 from curate.progress import Advance
@@ -211,9 +212,22 @@ class ImportWorker:
     index: Path
     out: Path
 
+    @cached_property
+    def width(self) -> int:
+        """The length of the pool's embeddings: that of the first row that has one."""
+        widths = (self.source.rows_of(shard)[0].shape[1] for shard in self.pool.shards)
+        return next((width for width in widths if width), 1)
+
     def __call__(self, shard: int) -> ShardReport:
         """Import the rows of one shard."""
         image, text = self.source.rows_of(self.pool.shards[shard])
+        if image.shape[1] == 0:  # every row of the shard is null
+            image = np.full((len(image), self.width), np.nan, dtype=np.float32)
+        if image.shape[1] != self.width:
+            raise PoolError(
+                f"{self.pool.shards[shard].label} has embeddings of {image.shape[1]} numbers, "
+                f"shards before it of {self.width}; all embeddings of a pool need one length"
+            )
         vectors, good = unit_float16(image)
         uids = read_part(self.index, shard, ["uid"])["uid"]
         why = "the embedding is zero or not finite"

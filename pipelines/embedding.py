@@ -10,16 +10,18 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from curate.embeddings import OK, Embeddings, metadata_path
+from curate.embeddings import OK, Embeddings, part_exists
 from curate.errors import FailedRowsError, PoolError
 from curate.manifest import StepFolder, locked, open_step
 from curate.pool import Pool
 from curate.progress import task
+from curate.runtime import resolve_device
 from pipelines.config import EmbedConfig, default_out, with_paths
 from pipelines.embed_workers import EmbedWorker, EncoderSpec, ImportWorker, no_advance
 from pipelines.executor import Executor, LocalExecutor, Worker, make_executor
 from pipelines.indexing import index_fingerprint, index_pool
 from pipelines.source import (
+    check_out,
     describe_source,
     open_pool,
     pool_path,
@@ -61,11 +63,13 @@ def embed(pool: str | Path | Pool, *, encoder: str | None = None, **options: Any
 
 def run_embed(config: EmbedConfig, opened: Pool | None = None) -> Embeddings:
     """Embed as the configuration says; see `embed`."""
+    resolve_device(config.device)  # a wrong one is told before hours of work, not after
     pool = opened or open_pool(config)
     source = resolve_source(pool, config)
     if isinstance(source, Embeddings):
         raise PoolError(f"{config.embeddings} holds embeddings of this tool already")
     out = config.out or default_out(config.pool, "embeddings")
+    check_out(config.pool, out)
     with locked(out):
         _, embeddings = embed_pool(
             pool,
@@ -122,10 +126,10 @@ def embed_pool(
         inputs={"index": index_fingerprint(pool), "source": source_fingerprint(source)},
         overwrite=overwrite,
     )
-    if step.complete:
+    todo = [s.index for s in pool.shards if not part_exists(folder, s.index)]
+    if step.complete and not todo:
         return step, Embeddings.open(folder)
     index_pool(pool, index, executor=executor, overwrite=True)
-    todo = [s.index for s in pool.shards if not metadata_path(folder, s.index).exists()]
     done = len(pool) - sum(pool.shards[i].rows for i in todo)
     with task("embed", total=len(pool), done=done) as advance:
         # In this process progress can be told row by row, elsewhere when a shard is done.

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from curate.errors import ShardError
-from curate.manifest import StepFolder, atomic_write_bytes, open_step
+from curate.manifest import StepFolder, open_step
 from curate.pool import Pool
 from curate.progress import task
 from curate.shards import missing_parts, read_part, write_part
@@ -52,10 +52,9 @@ def export_pool(
     folder: Path,
     *,
     executor: Executor,
-    card: str,
     overwrite: bool = False,
 ) -> StepFolder:
-    """Write the kept rows of a selection as Parquet shards with a dataset card.
+    """Write the kept rows of a selection as Parquet shards.
 
     Parameters
     ----------
@@ -65,8 +64,6 @@ def export_pool(
     folder : Path
         Where to write.
     executor : Executor
-    card : str
-        What the card says below its header.
     overwrite : bool
         Replace the export of another selection.
     """
@@ -77,6 +74,7 @@ def export_pool(
         params={"to": "parquet"},
         inputs={"selection": selection.fingerprint},
         overwrite=overwrite,
+        beside=True,
     )
     todo = missing_parts(folder, len(pool.shards))
     if step.complete and not todo:
@@ -86,12 +84,5 @@ def export_pool(
     with task("export", total=len(pool), done=done) as advance:
         for report in executor.map(make_worker, todo):
             advance(report.rows)
-    atomic_write_bytes(folder / "README.md", _card(card).encode())
     step.finish(rows=int(selection.manifest["counts"].get("kept", 0)), parts=len(pool.shards))
     return step
-
-
-def _card(body: str) -> str:
-    """Return a dataset card whose header names the shards, so that nothing else is read as data."""
-    header = "configs:\n- config_name: default\n  data_files: part-*.parquet"
-    return f"---\n{header}\n---\n\n{body}\n"

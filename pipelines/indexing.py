@@ -46,8 +46,8 @@ def index_pool(
         If the pool's own uids repeat.
     """
     step = open_step(folder, **_identity(pool), overwrite=overwrite)
-    if not step.complete:
-        todo = missing_parts(folder, len(pool.shards))
+    todo = missing_parts(folder, len(pool.shards))
+    if not step.complete or todo:
         make_worker: Callable[[], IndexWorker] = partial(IndexWorker, pool, folder)
         done = len(pool) - sum(pool.shards[i].rows for i in todo)
         with task("index", total=len(pool), done=done) as advance:

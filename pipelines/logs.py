@@ -53,3 +53,14 @@ def set_up(log_format: Format) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     progress.show("bar" if log_format == "text" and sys.stderr.isatty() else "log")
+
+
+def write_error(message: str, log_format: Format) -> None:
+    """Write an error as one line; what a file or an argument held must not steer a terminal."""
+    words = " ".join(message.split())
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
+    if log_format == "json":
+        record = logging.LogRecord("pipelines", logging.ERROR, "", 0, line, None, None)
+        sys.stderr.write(JsonLines().format(record) + "\n")
+    else:
+        sys.stderr.write(f"error: {line}\n")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from curate.embeddings import Embeddings
 from curate.errors import BudgetError, FailedRowsError, PoolError
-from curate.manifest import StepFolder, atomic_path, locked, open_step
+from curate.manifest import StepFolder, locked, open_step, read_manifest
 from curate.pool import Pool
 from curate.prune import PRESETS, Pruning, prune_clusters
+from curate.runtime import resolve_device
 from curate.scores import best_scores
-from curate.selection import LEDGER, Selection
-from curate.shards import missing_parts, write_parquet, write_part
+from curate.selection import Selection
+from curate.shards import missing_parts
 from pipelines import stages
 from pipelines.config import (
     ModelConfig,
@@ -37,7 +39,9 @@ from pipelines.embedding import embed_pool
 from pipelines.executor import Executor, make_executor
 from pipelines.exporting import export_pool
 from pipelines.indexing import index_pool, read_uids
+from pipelines.ledger import Evidence, Fates, undecodable, write_ledger
 from pipelines.source import (
+    check_out,
     describe_source,
     open_pool,
     pool_path,
@@ -51,7 +55,7 @@ logger = logging.getLogger(__name__)
 # They say where the rows come from and how the run goes, not what comes out.
 _NOT_RESULT = {
     field.name for base in (PoolConfig, ModelConfig, RunConfig) for field in fields(base)
-} - {"seed"}
+} - {"seed"} | {"allow_fewer"}
 
 
 def prune(pool: str | Path | Pool, *, keep: float, **options: Any) -> Selection:
@@ -88,9 +92,11 @@ def prune(pool: str | Path | Pool, *, keep: float, **options: Any) -> Selection:
 
 def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
     """Prune as the configuration says; see `prune`."""
+    resolve_device(config.device)  # a wrong one is told before hours of work, not after
     pool = opened or open_pool(config)
     source = resolve_source(pool, config)
     out = config.out or default_out(config.pool, "pruned")
+    check_out(config.pool, out)
     with locked(out):
         run = open_step(
             out,
@@ -105,6 +111,7 @@ def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
             executor = make_executor(config.executor, config.workers, config.device)
             _Prune(config, pool, source, run, executor).run()
         else:
+            check_enough(run.manifest, config)
             logger.info("%s is complete already; nothing to do", out)
     return Selection.open(out)
 
@@ -116,8 +123,25 @@ def _whole(run: StepFolder) -> bool:
     return not gone and (run.path / "report.html").exists()
 
 
+def check_enough(manifest: Mapping[str, Any], config: PruneConfig) -> None:
+    """Check that a complete run kept what was asked for, or may have kept fewer.
+
+    Raises
+    ------
+    BudgetError
+        If it kept fewer, and `allow_fewer` is off now.
+    """
+    kept, budget = manifest["counts"].get("kept", 0), manifest["budget"]
+    if kept < budget and not config.allow_fewer:
+        raise BudgetError(
+            f"{budget:,} rows were asked for, {kept:,} were kept with --allow-fewer, which is off "
+            "now; pass it again, or lower --keep"
+        )
+
+
 def result_params(config: PruneConfig) -> dict[str, Any]:
     """Return the parameters that decide the result, presets resolved."""
+    # allow_fewer is not among them: it decides whether there is a result, not which.
     params = {k: v for k, v in asdict(config).items() if k not in _NOT_RESULT}
     return params | prune_options(config) | {"score_col": config.score_col}
 
@@ -160,34 +184,6 @@ def exact_budget(keep: float, rows: int) -> int:
     return math.floor(keep * rows + 0.5)
 
 
-@dataclass
-class _Fates:
-    """What has become of each row so far."""
-
-    reason: NDArray[np.object_]
-    alive: NDArray[np.bool_]
-    stages: list[dict[str, Any]] = field(default_factory=list)
-
-    def drop(self, stage: str, causes: dict[str, NDArray[np.bool_]]) -> None:
-        """Drop rows for a cause each, and keep the account."""
-        before = int(self.alive.sum())
-        dropped = {}
-        for reason, rows in causes.items():
-            rows = rows & self.alive
-            self.reason[rows] = reason
-            self.alive[rows] = False
-            dropped[reason] = int(rows.sum())
-        after = int(self.alive.sum())
-        self.stages.append(
-            {"stage": stage, "rows_in": before, "dropped": dropped, "rows_out": after}
-        )
-
-    def counts(self) -> dict[str, int]:
-        names, counts = np.unique(self.reason.astype(str), return_counts=True)
-        pairs = zip(names.tolist(), counts.tolist(), strict=True)
-        return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
-
-
 class _Prune:
     """One run; the methods are its stages, in their order."""
 
@@ -204,8 +200,8 @@ class _Prune:
         """Run what is not there yet."""
         rows, embed, embeddings = self.embed()
         metadata = embeddings.metadata(["status", "detail"])
-        fates = _Fates(np.full(len(rows), "", dtype=object), np.ones(len(rows), dtype=bool))
-        fates.drop("decode", _by_status(metadata["status"]))
+        fates = Fates(len(rows))
+        fates.drop("decode", undecodable(metadata["status"]))
         self.require(fates, "could be embedded")
         score, score_fingerprint = self.score(rows, embeddings, embed)
         duplicates = self.dedup(rows, embeddings, embed, fates, score, score_fingerprint)
@@ -214,9 +210,9 @@ class _Prune:
             rows, embeddings, embed, self.folder / "clusters", alive=fates.alive, config=self.config
         )
         pruning = self.choose(rows, found, fates)
-        selection = self.write_ledger(
-            rows, metadata["detail"], fates, found, pruning, score, duplicates, clusters
-        )
+        evidence = Evidence(metadata["detail"], found, pruning, score, duplicates)
+        inputs = {"run": self.step.fingerprint, "clusters": clusters.fingerprint}
+        selection = write_ledger(rows, self.folder, fates, evidence, inputs=inputs)
         self.finish(rows, fates, selection, found)
 
     def embed(self) -> tuple[PoolRows, StepFolder, Embeddings]:
@@ -276,7 +272,7 @@ class _Prune:
         rows: PoolRows,
         embeddings: Embeddings,
         embed: StepFolder,
-        fates: _Fates,
+        fates: Fates,
         score: NDArray[np.float32] | None,
         score_fingerprint: str,
     ) -> Duplicates | None:
@@ -297,7 +293,7 @@ class _Prune:
         self.require(fates, "are left without duplicates")
         return found
 
-    def cut_scores(self, rows: PoolRows, fates: _Fates, score: NDArray[np.float32] | None) -> None:
+    def cut_scores(self, rows: PoolRows, fates: Fates, score: NDArray[np.float32] | None) -> None:
         """Drop the lowest CLIP scores, never below the budget."""
         if score is None:
             return
@@ -315,16 +311,13 @@ class _Prune:
         fates.drop("clip_score", {"no_clip_score": low & missing, "low_clip_score": low})
         self.require(fates, "are left above the lowest CLIP score")
 
-    def require(self, fates: _Fates, what: str) -> None:
+    def require(self, fates: Fates, what: str) -> None:
         """Check that enough rows are left for the budget."""
         left = int(fates.alive.sum())
         if left >= self.budget:
             return
         dropped = ", ".join(
-            f"{count:,} {reason}"
-            for stage in fates.stages
-            for reason, count in stage["dropped"].items()
-            if count
+            f"{count:,} {reason}" for reason, count in fates.counts().items() if reason
         )
         counts = (
             f"keep={self.config.keep} of {len(self.pool):,} rows is {self.asked:,}, but only "
@@ -337,7 +330,7 @@ class _Prune:
         self.warn(counts)
         self.budget = left
 
-    def choose(self, rows: PoolRows, found: Clustered, fates: _Fates) -> Pruning | None:
+    def choose(self, rows: PoolRows, found: Clustered, fates: Fates) -> Pruning | None:
         """Choose the rows to keep among those that are left."""
         kept = np.zeros(len(rows), dtype=bool)
         pruning = None
@@ -356,53 +349,10 @@ class _Prune:
             )
             kept = pruning.kept
         fates.drop("prune", {"over_budget": ~kept})
-        fates.reason[fates.alive] = "kept"
+        fates.keep_the_rest()
         return pruning
 
-    def write_ledger(
-        self,
-        rows: PoolRows,
-        detail: pa.ChunkedArray,
-        fates: _Fates,
-        found: Clustered,
-        pruning: Pruning | None,
-        score: NDArray[np.float32] | None,
-        duplicates: Duplicates | None,
-        clusters: StepFolder,
-    ) -> StepFolder:
-        """Write one row per pool row: its fate and the evidence for it."""
-        folder = self.folder / "selection"
-        inputs = {
-            "clusters": clusters.fingerprint,
-            "kept": stages.row_set_fingerprint(fates.alive),
-            "duplicates": "" if duplicates is None else duplicates.step.fingerprint,
-            "run": self.step.fingerprint,
-        }
-        step = open_step(
-            folder, step="select", step_version=1, params={}, inputs=inputs, overwrite=True
-        )
-        if step.complete and not missing_parts(folder, rows.parts):
-            return step
-        if pruning is not None:
-            _write_summary(self.folder / "clusters" / "summary.parquet", found, pruning)
-        none = np.full(len(rows), np.nan, dtype=np.float32)
-        columns = _Ledger(
-            rows=rows,
-            reason=fates.reason,
-            detail=detail,
-            found=found,
-            rank=np.full(len(rows), -1, np.int32) if pruning is None else pruning.rank,
-            score=none if score is None else score,
-            duplicate_of=None if duplicates is None else duplicates.duplicate_of,
-        )
-        for shard in missing_parts(folder, rows.parts):
-            write_part(folder, shard, columns.shard(shard))
-        step.finish(rows=len(rows), parts=rows.parts, counts=fates.counts())
-        return step
-
-    def finish(
-        self, rows: PoolRows, fates: _Fates, selection: StepFolder, found: Clustered
-    ) -> None:
+    def finish(self, rows: PoolRows, fates: Fates, selection: StepFolder, found: Clustered) -> None:
         """Write the kept rows, the manifest and the report."""
         from pipelines.reporting import write_report
 
@@ -412,7 +362,6 @@ class _Prune:
             selection,
             self.folder / "pool",
             executor=self.executor,
-            card=_card(self.config, len(rows), counts, self.step.fingerprint),
             overwrite=True,
         )
         facts = {
@@ -439,92 +388,13 @@ class _Prune:
         self.step.finish()
 
 
-@dataclass(frozen=True)
-class _Ledger:
-    """The columns of the ledger, cut into shards as they are written."""
-
-    rows: PoolRows
-    reason: NDArray[np.object_]
-    detail: pa.ChunkedArray
-    found: Clustered
-    rank: NDArray[np.int32]
-    score: NDArray[np.float32]
-    duplicate_of: NDArray[np.int64] | None
-
-    def shard(self, index: int) -> pa.Table:
-        shard = self.rows.pool.shards[index]
-        span = slice(shard.first_row, shard.first_row + shard.rows)
-        reason = self.reason[span]
-        kept = reason == "kept"
-        cluster, score = self.found.cluster[span], self.score[span]
-        there = cluster >= 0
-        columns = {
-            "uid": self.rows.uids.slice(shard.first_row, shard.rows),
-            "kept": pa.array(kept.astype(bool)),
-            "weight": pa.array(kept.astype(np.float32)),
-            "reason": pa.array(reason, pa.string()),
-            "detail": self.detail.slice(shard.first_row, shard.rows),
-            "cluster": stages.nullable(cluster, there, pa.int32()),
-            "rank": stages.nullable(self.rank[span], there, pa.int32()),
-            "cosine_distance": stages.nullable(
-                self.found.cosine_distance[span], there, pa.float32()
-            ),
-            "clip_score": stages.nullable(score, np.isfinite(score), pa.float32()),
-            "duplicate_of": self._duplicates(span, reason == "duplicate"),
-        }
-        return pa.table(columns).cast(LEDGER)
-
-    def _duplicates(self, span: slice, there: NDArray[np.bool_]) -> pa.Array:
-        if self.duplicate_of is None:
-            return pa.nulls(len(there), pa.string())
-        row = pa.array(np.where(there, self.duplicate_of[span], 0), mask=~there)
-        return self.rows.uids.take(row)
-
-
-def _by_status(status: pa.ChunkedArray) -> dict[str, NDArray[np.bool_]]:
-    """Return the rows of each status that is not ok; all undecodable ones are `decode_failed`."""
-    from curate.embeddings import BAD_EMBEDDING, OK
-
-    bad = pa.compute.equal(status, BAD_EMBEDDING).to_numpy()
-    good = pa.compute.equal(status, OK).to_numpy()
-    return {"bad_embedding": bad, "decode_failed": ~(good | bad)}
-
-
 def clip_fraction(config: PruneConfig) -> float:
     """Return the share of the survivors that the CLIP score lets through."""
     return math.sqrt(config.keep) if config.clip_fraction == "auto" else float(config.clip_fraction)
 
 
-def _write_summary(path: Path, found: Clustered, pruning: Pruning) -> None:
-    sizes = np.bincount(found.cluster[found.cluster >= 0], minlength=len(found.centroids))
-    summary = pa.table(
-        {
-            "cluster": pa.array(np.arange(len(sizes)), pa.int32()),
-            "size": pa.array(sizes, pa.int64()),
-            "d_intra": pruning.d_intra,
-            "d_inter": pruning.d_inter,
-            "complexity": pruning.complexity,
-            "target": pruning.target,
-            "kept": pa.array(pruning.allocated, pa.int64()),
-        }
-    )
-    with atomic_path(path) as temporary:
-        write_parquet(temporary, summary)
-
-
-def _card(config: PruneConfig, rows: int, counts: dict[str, int], fingerprint: str) -> str:
-    reasons = "\n".join(f"| {reason} | {count:,} |" for reason, count in counts.items())
-    return (
-        f"Kept {counts.get('kept', 0):,} of {rows:,} rows (keep = {config.keep}). "
-        "Made with `curate prune`; what happened to every row is in `../selection`.\n\n"
-        f"| reason | rows |\n|---|---|\n{reasons}\n\nFingerprint: `{fingerprint}`"
-    )
-
-
 def check_embeddings(embeddings: Embeddings, uids: pa.ChunkedArray) -> StepFolder:
     """Check that a folder of embeddings is of these rows, in this order."""
-    from curate.manifest import read_manifest
-
     theirs = embeddings.metadata(["uid"])["uid"]
     if len(theirs) != len(uids):
         raise PoolError(
@@ -538,4 +408,5 @@ def check_embeddings(embeddings: Embeddings, uids: pa.ChunkedArray) -> StepFolde
             f"{embeddings.path} is of other rows: row {row} has uid {theirs[row].as_py()!r} there "
             f"and {uids[row].as_py()!r} in the pool"
         )
-    return StepFolder(embeddings.path, read_manifest(embeddings.path) or {})
+    manifest = read_manifest(embeddings.path) or {}
+    return StepFolder(embeddings.path, manifest, embeddings.path / "manifest.json")

@@ -152,7 +152,10 @@ def read_clusters(run: Path) -> ClusterTable | None:
             target=floats(table, "target"),
         )
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ShardError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+        raise ShardError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); "
+            "remove it and run the same command again"
+        ) from error
 
 
 def _integers(table: pa.Table, name: str) -> NDArray[np.int64]:

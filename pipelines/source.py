@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,14 @@ def _numbered_arrays(folder: Path, name: str, rows: int) -> ShardedRows:
     paths.sort(key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
     try:
         arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise PoolError(f"{folder / name} holds a damaged file: {error}") from error
+    for path, array in zip(paths, arrays, strict=True):
+        if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] == 0:
+            raise PoolError(
+                f"{path} holds {array.dtype} of shape {array.shape}; embeddings are a matrix "
+                "(rows, dimensions) of floats"
+            )
     shapes = {array.shape[1:] for array in arrays}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise PoolError(f"{folder / name} holds arrays of different widths: {sorted(shapes)}")
@@ -102,6 +109,25 @@ def open_pool(config: PoolConfig) -> Pool:
         embedding_col=config.embedding_col,
         image_root=config.image_root,
     )
+
+
+def check_out(pool: str, out: Path) -> None:
+    """Refuse an output folder whose files the pool's glob would find the next time.
+
+    Raises
+    ------
+    PoolError
+    """
+    if not any(mark in pool for mark in "*?["):
+        return
+    pattern = str(Path(pool).expanduser().absolute())
+    for name in ("pool/part-00000.parquet", "embeddings/metadata/metadata_0000.parquet"):
+        path = str(out.absolute() / name)
+        if ("**" in pattern or pattern.count("/") == path.count("/")) and fnmatch(path, pattern):
+            raise PoolError(
+                f"--out {out} lies where --pool {pool} looks: its files would be rows of the next "
+                "run; choose a folder elsewhere"
+            )
 
 
 def pool_path(pool: Pool) -> str:
@@ -152,7 +178,12 @@ def _folder(pool: Pool, path: Path) -> Source:
         return Embeddings.open(path)
     # A wrong length shows here, before anything is written. Another object is handed on: this one
     # holds memory maps, which a worker process must make for itself.
-    FolderEmbeddings(path, len(pool)).rows_of(pool.shards[0])
+    image, text = FolderEmbeddings(path, len(pool)).rows_of(pool.shards[0])
+    if text is not None and text.shape[1] != image.shape[1]:
+        raise PoolError(
+            f"{path / 'text_emb'} has width {text.shape[1]} and img_emb {image.shape[1]}; both "
+            "must be of the same model"
+        )
     return FolderEmbeddings(path, len(pool))
 
 

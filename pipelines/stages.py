@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from curate import dedup, kmeans
 from curate.embeddings import Embeddings
-from curate.manifest import StepFolder, atomic_path, open_step
+from curate.manifest import StepFolder, open_step
 from curate.pool import Pool
 from curate.progress import task
 from curate.runtime import row_keys
 from curate.scores import clip_scores
-from curate.shards import missing_parts, read_parts, write_part
+from curate.shards import missing_parts, read_array, read_parts, write_array, write_part
 from pipelines.config import PruneConfig
 from pipelines.indexing import uid_ranks
 
@@ -122,7 +122,7 @@ def score_step(
         inputs={"embeddings": embed.fingerprint},
         overwrite=True,
     )
-    if not step.complete:
+    if not step.complete or missing_parts(folder, rows.parts):
         todo = missing_parts(folder, rows.parts)
         done = len(rows) - sum(rows.pool.shards[i].rows for i in todo)
         with task("score", total=len(rows), done=done) as advance:
@@ -209,7 +209,7 @@ def dedup_step(
     step = open_step(
         folder, step="dedup", step_version=1, params=params, inputs=inputs, overwrite=True
     )
-    if not step.complete:
+    if not step.complete or missing_parts(folder, rows.parts):
         nearest, similarity = _evidence(rows, embeddings, folder, alive, score, keep, config)
         there = nearest >= 0
         taken = rows.uids.take(pa.array(np.where(there, nearest, 0))).combine_chunks()
@@ -311,14 +311,14 @@ def cluster_rows(
     path = folder / "centroids.npy"
     if len(index) == 0:
         centroids = np.empty((0, embeddings.image.shape[1]), np.float32)
-        _save_array(path, centroids)
+        write_array(path, centroids)
         return Clustered(cluster, distance, centroids)
     x = embeddings.image.subset(index)
     if path.exists():
-        centroids = np.load(path, allow_pickle=False)
+        centroids = read_array(path)
     else:
         centroids = _fit(x, k, rows.ranks[index], config, label, note)
-        _save_array(path, centroids)
+        write_array(path, centroids)
     cluster[index], distance[index] = kmeans.assign(x, centroids, device=config.device)
     return Clustered(cluster, distance, centroids)
 
@@ -352,11 +352,6 @@ def _fit(
     return result.centroids
 
 
-def _save_array(path: Path, array: NDArray[Any]) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
 def prune_clusters_count(config: PruneConfig, rows: int) -> int:
     """Return the number of concept clusters for that many rows."""
     if config.clusters != "auto":
@@ -388,7 +383,8 @@ def cluster_step(
         inputs={"embeddings": embed.fingerprint, "rows": row_set_fingerprint(alive)},
         overwrite=True,
     )
-    if not step.complete:
+    there = (folder / "centroids.npy").exists() and not missing_parts(folder, rows.parts)
+    if not (step.complete and there):
         found = cluster_rows(
             rows, embeddings, folder, alive, k, config, label="cluster", note=step.record
         )
@@ -402,4 +398,4 @@ def cluster_step(
     table = rows.read(folder, ["cluster", "cosine_distance"])
     cluster = table["cluster"].fill_null(-1).to_numpy().astype(np.int32)
     distance = floats(table["cosine_distance"])
-    return step, Clustered(cluster, distance, np.load(folder / "centroids.npy", allow_pickle=False))
+    return step, Clustered(cluster, distance, read_array(folder / "centroids.npy"))

@@ -136,7 +136,7 @@ def tree(folder: Path) -> dict[str, object]:
         if path.is_dir():
             continue
         name = path.relative_to(folder).as_posix()
-        if path.name == "manifest.json":
+        if path.name.endswith("manifest.json"):
             manifest = json.loads(path.read_text())
             manifest.pop("times")
             found[name] = manifest

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curate.manifest import read_manifest
 from pipelines.cli import run
 
 TINY_MODEL = {
@@ -92,8 +93,8 @@ def check_refused(ended: Ended, code: int, out: Path, *phrases: str) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    manifest = folder / "manifest.json"
-    return manifest.exists() and bool(json.loads(manifest.read_text())["complete"])
+    manifest = read_manifest(folder)
+    return manifest is not None and bool(manifest["complete"])
 
 
 def check_whole(out: Path, rows: int, kept: int) -> pa.Table:

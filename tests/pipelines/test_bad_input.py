@@ -164,7 +164,7 @@ def test_addresses_only(curate: Command, tmp_path: Path) -> None:
     urls = [f"http://a/{i}.jpg" for i in range(20)]
     pool = write(tmp_path / "pool.parquet", table(embedding=None, url=urls))
     ended = curate.prune(pool, tmp_path / "run")
-    check_refused(ended, 1, tmp_path / "run", "img2dataset", "--url_col url", r"pool\.parquet")
+    check_refused(ended, 1, tmp_path / "run", r"curate download --pool .*pool\.parquet")
 
 
 @pytest.mark.parametrize(
