@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as pt
 from numpy.typing import NDArray
 
 from curate import parquet, tar_rows
@@ -19,7 +18,7 @@ from curate.bundled import BundledEmbeddings, find_bundled
 from curate.columns import ColumnMapping, export_schema, map_columns, no_such_column
 from curate.errors import PoolError
 from curate.images import ImageFolder
-from curate.rows import export_batches, sample_batches
+from curate.rows import export_batches, find_image_folder, sample_batches
 from curate.sources import Shard, Source, find_source, fingerprint_file
 from curate.uids import derive_uids, given_uids, unique_uids
 
@@ -44,28 +43,6 @@ def _inspect(
     most = parquet.IMAGE_SHARD_ROWS if mapping.image else parquet.METADATA_SHARD_ROWS
     shards = parquet.plan_shards(found.files, footers, max_rows=most)
     return schema, mapping, shards, [sum(n for n, _ in footer.row_groups) for footer in footers]
-
-
-def _image_folder(
-    source: Source, schema: pa.Schema, mapping: ColumnMapping, given: str | Path | None
-) -> ImageFolder | None:
-    """Return where image paths are looked up; None where paths name nothing that can be read."""
-    if given is not None:
-        folder = Path(given).expanduser().absolute()
-        if not folder.is_dir():
-            raise PoolError(f"--image-root {folder} is not a folder; name the one with the images")
-        return ImageFolder(str(folder))
-    if source.kind == "tar":
-        return None
-    if not source.remote:
-        return ImageFolder(source.root)
-    kind = schema.field(mapping.image).type if mapping.image else pa.binary()
-    if pt.is_string(kind) or pt.is_large_string(kind):
-        raise PoolError(
-            f"column {mapping.image!r} of a remote pool holds paths; copy the images here and "
-            "name their folder with --image-root"
-        )
-    return None
 
 
 def _distinct(*names: str | None) -> list[str]:
@@ -171,7 +148,7 @@ class Pool:
                 f"{', '.join(schema.names)}. Name one with --image-col, --url-col or "
                 "--embedding-col"
             )
-        folder = _image_folder(found, schema, mapping, image_root)
+        folder = find_image_folder(found, schema, mapping, image_root)
         return cls(found, schema, mapping, shards, folder, bundled, sum(counts))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from curate.columns import IMAGE_STRUCT
+from curate.columns import IMAGE_STRUCT, ColumnMapping
+from curate.errors import PoolError
 from curate.images import MAX_BYTES, ImageFolder
+from curate.sources import Source
 
 #: The columns of `Pool.samples`.
 SAMPLE_SCHEMA = pa.schema(
@@ -201,3 +204,25 @@ def export_batches(
             [images, paths], fields=list(IMAGE_STRUCT), mask=neither
         )
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def find_image_folder(
+    source: Source, schema: pa.Schema, mapping: ColumnMapping, given: str | Path | None
+) -> ImageFolder | None:
+    """Return where image paths are looked up; None where paths name nothing that can be read."""
+    if given is not None:
+        folder = Path(given).expanduser().absolute()
+        if not folder.is_dir():
+            raise PoolError(f"--image-root {folder} is not a folder; name the one with the images")
+        return ImageFolder(str(folder))
+    if source.kind == "tar":
+        return None
+    if not source.remote:
+        return ImageFolder(source.root)
+    kind = schema.field(mapping.image).type if mapping.image else pa.binary()
+    if pt.is_string(kind) or pt.is_large_string(kind):
+        raise PoolError(
+            f"column {mapping.image!r} of a remote pool holds paths; copy the images here and "
+            "name their folder with --image-root"
+        )
+    return None

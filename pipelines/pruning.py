@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from curate.embeddings import Embeddings
 from curate.errors import BudgetError, FailedRowsError, PoolError
-from curate.manifest import StepFolder, locked, open_step, read_manifest
+from curate.manifest import StepFolder, locked, open_step
 from curate.pool import Pool
 from curate.prune import PRESETS, Pruning, prune_clusters
 from curate.runtime import resolve_device
@@ -40,7 +39,9 @@ from pipelines.executor import Executor, make_executor
 from pipelines.exporting import export_pool
 from pipelines.indexing import index_pool, read_uids
 from pipelines.ledger import Evidence, Fates, undecodable, write_ledger
+from pipelines.scoring import score_source, score_step
 from pipelines.source import (
+    check_embeddings,
     check_out,
     describe_source,
     open_pool,
@@ -237,11 +238,11 @@ class _Prune:
         self, rows: PoolRows, embeddings: Embeddings, embed: StepFolder
     ) -> tuple[NDArray[np.float32] | None, str]:
         """Score the pairs, where there is something to score them by."""
-        source = stages.score_source(self.pool, embeddings, self.config)
+        source = score_source(self.pool, embeddings, self.config)
         if source is None:
             self.check_scores_not_needed()
             return None, ""
-        step, score = stages.score_step(rows, embeddings, embed, self.folder / "scores", source)
+        step, score = score_step(rows, embeddings, embed, self.folder / "scores", source)
         if np.isnan(score).all():
             self.check_scores_not_needed()
             return None, ""
@@ -391,22 +392,3 @@ class _Prune:
 def clip_fraction(config: PruneConfig) -> float:
     """Return the share of the survivors that the CLIP score lets through."""
     return math.sqrt(config.keep) if config.clip_fraction == "auto" else float(config.clip_fraction)
-
-
-def check_embeddings(embeddings: Embeddings, uids: pa.ChunkedArray) -> StepFolder:
-    """Check that a folder of embeddings is of these rows, in this order."""
-    theirs = embeddings.metadata(["uid"])["uid"]
-    if len(theirs) != len(uids):
-        raise PoolError(
-            f"{embeddings.path} holds {len(theirs):,} embeddings, the pool has {len(uids):,} rows: "
-            "they are not of the same pool"
-        )
-    differs = np.flatnonzero(pa.compute.not_equal(theirs, uids).to_numpy())
-    if len(differs):
-        row = int(differs[0])
-        raise PoolError(
-            f"{embeddings.path} is of other rows: row {row} has uid {theirs[row].as_py()!r} there "
-            f"and {uids[row].as_py()!r} in the pool"
-        )
-    manifest = read_manifest(embeddings.path) or {}
-    return StepFolder(embeddings.path, manifest, embeddings.path / "manifest.json")

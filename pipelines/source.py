@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from curate.embeddings import Embeddings, ShardedRows
 from curate.errors import PoolError
-from curate.manifest import digest, read_manifest
+from curate.manifest import StepFolder, digest, read_manifest
 from curate.pool import Pool, Shard
 from curate.sources import SourceFile, fingerprint_file
 from pipelines.config import EmbedConfig, PoolConfig, PruneConfig, default_out
@@ -185,6 +186,25 @@ def _folder(pool: Pool, path: Path) -> Source:
             "must be of the same model"
         )
     return FolderEmbeddings(path, len(pool))
+
+
+def check_embeddings(embeddings: Embeddings, uids: pa.ChunkedArray) -> StepFolder:
+    """Check that a folder of embeddings is of these rows, in this order."""
+    theirs = embeddings.metadata(["uid"])["uid"]
+    if len(theirs) != len(uids):
+        raise PoolError(
+            f"{embeddings.path} holds {len(theirs):,} embeddings, the pool has {len(uids):,} rows: "
+            "they are not of the same pool"
+        )
+    differs = np.flatnonzero(pa.compute.not_equal(theirs, uids).to_numpy())
+    if len(differs):
+        row = int(differs[0])
+        raise PoolError(
+            f"{embeddings.path} is of other rows: row {row} has uid {theirs[row].as_py()!r} there "
+            f"and {uids[row].as_py()!r} in the pool"
+        )
+    manifest = read_manifest(embeddings.path) or {}
+    return StepFolder(embeddings.path, manifest, embeddings.path / "manifest.json")
 
 
 def source_fingerprint(source: Source) -> str:

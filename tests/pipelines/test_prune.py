@@ -5,7 +5,9 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
+import polars as pl
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -176,3 +178,31 @@ def test_epsilon_is_a_threshold_on_what_is_stored(make_pool: MakePool, tmp_path:
     assert (run / "duplicates" / "part-00000.parquet").stat().st_mtime_ns == evidence
     pipelines.prune(pool, keep=0.05, out=tmp_path / "fresh", epsilon=0.3)
     assert tree(run) == tree(tmp_path / "fresh")
+
+
+def test_whoever_reads_a_folder_finds_a_table(make_pool: MakePool, tmp_path: Path) -> None:
+    """No file but Parquet lies beside the kept rows and the ledger."""
+    pool = make_pool(embedded_table(100), shards=3)
+    found = pipelines.prune(pool, keep=0.3, out=tmp_path / "run")
+    kept, ledger = tmp_path / "run" / "pool", tmp_path / "run" / "selection"
+    for folder, rows in ((kept, 30), (ledger, 100)):
+        assert pq.read_table(folder).num_rows == rows
+        assert pl.read_parquet(folder).height == rows
+    cache = str(tmp_path / "cache")
+    mapped = datasets.load_dataset(str(kept), split="train", cache_dir=cache)
+    files = str(kept / "*.parquet")
+    streamed = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    assert mapped["uid"][:] == [row["uid"] for row in streamed] == found.kept_uids
+    for row in (mapped[0], next(iter(streamed))):
+        assert row["image"].size == (8, 8)
+
+
+def test_allow_fewer_after_a_refusal(make_pool: MakePool, tmp_path: Path) -> None:
+    """The advice of the error is good for the same folder, and does not outlive its flag."""
+    pool = make_pool(embedded_table(200, duplicates=0.6))
+    run = tmp_path / "run"
+    with pytest.raises(BudgetError, match="--allow-fewer"):
+        pipelines.prune(pool, keep=0.95, out=run)
+    assert pipelines.prune(pool, keep=0.95, out=run, allow_fewer=True).counts["kept"] < 190
+    with pytest.raises(BudgetError, match=r"190 rows were asked for"):
+        pipelines.prune(pool, keep=0.95, out=run)
