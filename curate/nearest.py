@@ -104,6 +104,19 @@ class RankedRows:
         top = torch.full((len(q),), -torch.inf, device=q.device)
         second = top.clone()
         at = torch.full((len(q),), -1, dtype=torch.int64, device=q.device)
+        for tile, _, product in self._products(queries, q, columns, forbidden):
+            value, index, next_value = top_two(product)
+            better = value > top
+            at = torch.where(better, torch.from_numpy(tile).to(q.device)[index], at)
+            second = torch.maximum(torch.minimum(top, value), torch.maximum(second, next_value))
+            top = torch.maximum(top, value)
+        uncertain = (top > -torch.inf) & (top - second < tolerance(q.shape[1]))
+        return at.cpu().numpy(), top, np.flatnonzero(uncertain.cpu().numpy())
+
+    def _products(
+        self, queries: Ranks, q: torch.Tensor, columns: Ranks, forbidden: Forbidden
+    ) -> Iterator[tuple[Ranks, torch.Tensor, torch.Tensor]]:
+        """Yield tiles of columns, their rows, and the fast products; -inf where forbidden."""
         for tile in self.tiles(columns):
             hidden = forbidden(queries, tile)
             if hidden is not None and hidden.all():
@@ -112,13 +125,7 @@ class RankedRows:
             product = fast_product(q, c / torch.linalg.vector_norm(c, dim=1, keepdim=True))
             if hidden is not None:
                 product.masked_fill_(torch.from_numpy(hidden).to(q.device), -torch.inf)
-            value, index, next_value = top_two(product)
-            better = value > top
-            at = torch.where(better, torch.from_numpy(tile).to(q.device)[index], at)
-            second = torch.maximum(torch.minimum(top, value), torch.maximum(second, next_value))
-            top = torch.maximum(top, value)
-        uncertain = (top > -torch.inf) & (top - second < tolerance(q.shape[1]))
-        return at.cpu().numpy(), top, np.flatnonzero(uncertain.cpu().numpy())
+            yield tile, c, product
 
     def _settle(
         self,
@@ -131,14 +138,7 @@ class RankedRows:
         """Return the best column by exact products, of those whose fast product reaches `floor`."""
         top = np.full(len(queries), -np.inf)
         at = np.full(len(queries), -1, dtype=np.int64)
-        for tile in self.tiles(columns):
-            hidden = forbidden(queries, tile)
-            if hidden is not None and hidden.all():
-                continue
-            c = self.read(tile)
-            product = fast_product(q, c / torch.linalg.vector_norm(c, dim=1, keepdim=True))
-            if hidden is not None:
-                product.masked_fill_(torch.from_numpy(hidden).to(q.device), -torch.inf)
+        for tile, c, product in self._products(queries, q, columns, forbidden):
             close = product >= floor[:, None]
             if int(close.sum()) > _DENSE * close.numel():
                 product.copy_(on_grid(exact_cosine(q.double(), c.double()), -1.0))

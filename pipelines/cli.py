@@ -59,7 +59,7 @@ def _one_line(error: Exception) -> str:
 
 app = App(
     name="curate",
-    help="Prune, select and distil image-text datasets: exact counts, a reason for every row.",
+    help="Curate image-text datasets: exact counts, a reason for every row, runs that resume.",
     help_epilogue=_EPILOGUE,
     version=_version,
     error_formatter=_one_line,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -383,6 +384,10 @@ class _Prune:
             "stages": fates.stages,
             "clusters": len(found.centroids),
             "warnings": self.warnings,
+            "environment": {
+                "device": str(resolve_device(self.config.device)),
+                "python": platform.python_version(),
+            },
         }
         self.step.record(**facts)
         write_report(self.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +22,8 @@ from curate.pool import Pool, Shard
 from curate.sources import SourceFile, fingerprint_file
 from pipelines.config import EmbedConfig, PoolConfig, PruneConfig, default_out
 from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ Source = EncoderSpec | Embeddings | Any
 
 
 def open_pool(config: PoolConfig) -> Pool:
-    """Open the pool that a verb's flags name."""
-    return Pool.open(
+    """Open the pool that a verb's flags name, and say what was found."""
+    pool = Pool.open(
         config.pool,
         image_col=config.image_col,
         text_col=config.text_col,
@@ -110,6 +113,9 @@ def open_pool(config: PoolConfig) -> Pool:
         embedding_col=config.embedding_col,
         image_root=config.image_root,
     )
+    logger.info("pool: %s rows in %s shards", f"{len(pool):,}", f"{len(pool.shards):,}")
+    logger.info("columns: %s", pool.mapping.describe())
+    return pool
 
 
 def check_out(pool: str, out: Path) -> None:

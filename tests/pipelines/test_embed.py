@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import open_clip
 import pyarrow as pa
@@ -178,3 +179,25 @@ def test_real_photographs(shared_data: Path, tmp_path: Path, tiny_clip: Path) ->
     )
     assert found.counts["kept"] == 280
     assert "decode_failed" not in found.counts
+
+
+def test_cifar10_without_captions(
+    shared_data: Path, tmp_path: Path, tiny_clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Labels and class names are passed on; that there is no quality stage is said."""
+    found = pipelines.prune(
+        shared_data / "cifar10-test.parquet",
+        keep=0.1,
+        out=tmp_path / "run",
+        model=str(tiny_clip),
+        pretrained="none",
+        epsilon=1e-5,
+        batch_size=256,
+    )
+    assert found.counts["kept"] == 1000
+    assert "favours junk" in caplog.text
+    kept = datasets.load_dataset(
+        str(tmp_path / "run" / "pool"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert kept.features["label"].names[0] == "airplane"
+    assert kept[0]["image"].size == (32, 32)
