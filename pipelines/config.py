@@ -172,7 +172,8 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
         the farthest from its centroid (hard), the nearest (easy), or random.
     dedup_clusters
         Clusters inside which duplicates are sought. Auto: one up to 20,000 rows (every pair is
-        compared), then sqrt(rows / 10).
+        compared), then sqrt(rows / 10). Their centroids come from 256 rows per cluster, at least
+        50,000; every row is assigned.
     clip_fraction
         Share of the rows left that stays by CLIP score, never below the budget; 1 turns it off.
         Auto: sqrt(keep).

@@ -25,12 +25,16 @@ from curate.pool import Pool
 from curate.progress import task
 from curate.runtime import row_keys
 from curate.shards import missing_parts, read_array, read_parts, write_array, write_part
+from curate.unit_rows import mixed_keys
 from pipelines.config import PruneConfig
 from pipelines.indexing import uid_ranks
 
 logger = logging.getLogger(__name__)
 
 _PAIRS_EXACTLY = 20_000
+# The clusters of the dedup step only bring near-copies together: centroids from a sample do that
+# as well as those from all rows. (The concept clusters that rows are pruned by use every row.)
+_FIT_ROWS, _FIT_ROWS_PER_CLUSTER = 50_000, 256
 
 
 @dataclass
@@ -155,7 +159,7 @@ def dedup_step(
         folder, step="dedup", step_version=1, params=params, inputs=inputs, overwrite=True
     )
     if not step.complete or missing_parts(folder, rows.parts):
-        nearest, similarity = _evidence(rows, embeddings, folder, alive, score, keep, config)
+        nearest, similarity = _evidence(rows, embeddings, step, alive, score, keep, config)
         there = nearest >= 0
         taken = rows.uids.take(pa.array(np.where(there, nearest, 0))).combine_chunks()
         columns = {
@@ -180,15 +184,24 @@ def effective_dedup_keep(config: PruneConfig, score: NDArray[np.float32] | None)
 def _evidence(
     rows: PoolRows,
     embeddings: Embeddings,
-    folder: Path,
+    step: StepFolder,
     alive: NDArray[np.bool_],
     score: NDArray[np.float32] | None,
     keep: str,
     config: PruneConfig,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     k = dedup_clusters(config, int(alive.sum()))
-    label = "clusters for dedup"
-    clustered = cluster_rows(rows, embeddings, folder, alive, k, config, label=label)
+    clustered = cluster_rows(
+        rows,
+        embeddings,
+        step.path,
+        alive,
+        k,
+        config,
+        label="clusters for dedup",
+        note=step.record,
+        fit_rows=max(_FIT_ROWS, _FIT_ROWS_PER_CLUSTER * k),
+    )
     priority: NDArray[np.float64] | None = None
     if keep == "clip-score" and score is not None:
         priority = score.astype(np.float64)
@@ -247,9 +260,13 @@ def cluster_rows(
     config: PruneConfig,
     *,
     label: str,
-    note: Callable[..., None] | None = None,
+    note: Callable[..., None],
+    fit_rows: int | None = None,
 ) -> Clustered:
-    """Cluster the rows that are alive; the centroids are kept in case the rest is interrupted."""
+    """Cluster the rows that are alive; the centroids are kept in case the rest is interrupted.
+
+    With `fit_rows` the centroids come from that many rows, those of the smallest hashes.
+    """
     cluster = np.full(len(rows), -1, dtype=np.int32)
     distance = np.full(len(rows), np.nan, dtype=np.float32)
     index = np.flatnonzero(alive)
@@ -262,7 +279,12 @@ def cluster_rows(
     if path.exists():
         centroids = read_array(path)
     else:
-        centroids = _fit(x, k, rows.ranks[index], config, label, note)
+        sample = index
+        if fit_rows is not None and fit_rows < len(index):
+            keys = mixed_keys(rows.ranks[index], config.seed, label)
+            sample = np.sort(index[np.argpartition(keys, fit_rows)[:fit_rows]])
+        x_fit = embeddings.image.subset(sample)
+        centroids = _fit(x_fit, k, rows.ranks[sample], config, label, note)
         write_array(path, centroids)
     cluster[index], distance[index] = kmeans.assign(x, centroids, device=config.device)
     return Clustered(cluster, distance, centroids)
@@ -274,7 +296,7 @@ def _fit(
     keys: NDArray[np.uint64],
     config: PruneConfig,
     label: str,
-    note: Callable[..., None] | None,
+    note: Callable[..., None],
 ) -> NDArray[np.float32]:
     with task(label, total=config.kmeans_iterations, unit="iterations") as advance:
         result = kmeans.fit(
@@ -287,13 +309,13 @@ def _fit(
             keys=keys,
             progress=lambda done, total: advance(1),
         )
-    if note is not None:
-        note(
-            objective=result.objective,
-            iterations=result.iterations,
-            empty_clusters=result.empty_clusters,
-            backend=result.backend,
-        )
+    note(
+        fit_rows=len(x),
+        objective=result.objective,
+        iterations=result.iterations,
+        empty_clusters=result.empty_clusters,
+        backend=result.backend,
+    )
     return result.centroids
 
 
