@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curate import complexity, dedup, kmeans, prune
+    from curate import complexity, dedup, errors, images, kmeans, prune, scores
     from curate.clusters import Clusters
     from curate.embeddings import Embeddings
     from curate.pool import Pool
@@ -23,8 +23,11 @@ __all__ = [
     "Selection",
     "complexity",
     "dedup",
+    "errors",
+    "images",
     "kmeans",
     "prune",
+    "scores",
 ]
 
 _HOMES = {

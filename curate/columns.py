@@ -253,3 +253,8 @@ def export_schema(schema: pa.Schema, mapping: ColumnMapping) -> pa.Schema:
     metadata[b"huggingface"] = _merged_features(metadata, mapping.image)
     image = pa.field(mapping.image, IMAGE_STRUCT, nullable=True, metadata=field.metadata)
     return schema.set(position, image).with_metadata(metadata)
+
+
+def distinct(*names: str | None) -> list[str]:
+    """Return the names that are given, each once, in their order."""
+    return list(dict.fromkeys(name for name in names if name is not None))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -165,6 +166,12 @@ class ShardedRows:
             return self._gather_absolute(self._index[start:stop])
         return self._gather(np.asarray(key))
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[0 : len(self)], dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"ShardedRows({self.shape[0]:,} x {self.shape[1]}, {self.dtype})"
+
     def _slice(self, start: int, stop: int) -> NDArray[np.float16]:
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         blocks = []
@@ -242,6 +249,18 @@ class Embeddings:
         """Return `uid`, `status`, `detail`, `text_status`, or those asked for."""
         paths = [metadata_path(self.path, i) for i in range(self.parts)]
         return pa.concat_tables([_read_metadata(path, columns) for path in paths])
+
+    @cached_property
+    def uids(self) -> list[str]:
+        """The uid of every row."""
+        uids: list[str] = self.metadata(["uid"])["uid"].to_pylist()
+        return uids
+
+    @cached_property
+    def good(self) -> NDArray[np.int64]:
+        """The numbers of the rows that have an embedding: ``image.subset(good)`` are unit rows."""
+        status = self.metadata(["status"])["status"].to_numpy(zero_copy_only=False)
+        return np.flatnonzero(status == OK)
 
     def __len__(self) -> int:
         return len(self.image)

@@ -16,10 +16,11 @@ from curate.unit_rows import (
     Rows,
     RowSource,
     exact_cosine,
-    exact_row_cosine,
     fast_product,
     full_float32,
+    lengths64,
     on_grid,
+    row_dots,
     row_identity,
     tolerance,
     top_two,
@@ -216,9 +217,16 @@ def _assign(
         nearest = _nearest(rows, block, c)
         stop = start + len(block)
         cluster[start:stop] = nearest.cpu().numpy()
-        similarity = exact_row_cosine(block.double(), c[nearest].double())
-        distance[start:stop] = on_grid(1.0 - similarity, 0.0).cpu().numpy()
+        distance[start:stop] = _distances(block, c, nearest)
     return cluster, distance
+
+
+def _distances(block: torch.Tensor, c: torch.Tensor, own: torch.Tensor) -> NDArray[np.float32]:
+    """Return the exact cosine distance of each row of the block to its own centroid."""
+    wide, centers = block.double(), c.double()
+    lengths = lengths64(wide) * lengths64(centers)[own]
+    similarity = row_dots(wide, centers[own]) / lengths
+    return np.asarray(on_grid(1.0 - similarity, 0.0).cpu().numpy(), dtype=np.float32)
 
 
 def _nearest(rows: Rows, block: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -327,8 +335,7 @@ def _own_distance(
     c = torch.from_numpy(centroids).to(rows.device)
     for start, block in rows.blocks(0):
         own = torch.from_numpy(cluster[start : start + len(block)]).to(block.device).long()
-        similarity = exact_row_cosine(block.double(), c[own].double())
-        distance[start : start + len(block)] = on_grid(1.0 - similarity, 0.0).cpu().numpy()
+        distance[start : start + len(block)] = _distances(block, c, own)
     return distance
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,8 @@ Forbidden = Callable[[Ranks, Ranks], NDArray[np.bool_] | None]
 # Share of close pairs above which one float64 product beats many single ones: many rows that are
 # copies of one, such as the picture that a host serves in place of a deleted one.
 _DENSE = 0.01
+# A tile of columns, their rows, and the fast products with the queries.
+Products = tuple[Ranks, torch.Tensor, torch.Tensor]
 # Ranks (-1 for none) and cosine similarities.
 Evidence = tuple[NDArray[np.int64], NDArray[np.float32]]
 
@@ -56,9 +58,12 @@ class RankedRows:
 
     def tiles(self, ranks: Ranks, most: int = 1 << 62) -> Iterator[Ranks]:
         """Cut ranks so that a tile's rows and a square of products fit the block."""
-        step = min(self.rows.block_rows(0), int((self.rows.block_bytes / 16) ** 0.5), most)
-        for start in range(0, len(ranks), max(1, step)):
-            yield ranks[start : start + max(1, step)]
+        step = min(self._tile_rows(), most)
+        for start in range(0, len(ranks), step):
+            yield ranks[start : start + step]
+
+    def _tile_rows(self) -> int:
+        return max(1, min(self.rows.block_rows(0), int((self.rows.block_bytes / 16) ** 0.5)))
 
     def read(self, ranks: Ranks) -> torch.Tensor:
         """Return the float32 rows of these ranks, checked."""
@@ -84,11 +89,20 @@ class RankedRows:
 
     def _best(self, queries: Ranks, columns: Ranks, forbidden: Forbidden) -> Evidence:
         q = self.read(queries)
-        found, top, uncertain = self._fast_best(queries, q, columns, forbidden)
+        products: Iterable[Products] = self._products(queries, q, columns, forbidden)
+        in_one_tile = len(columns) <= self._tile_rows()
+        if in_one_tile:  # most clusters: then the products are made once
+            products = list(products)
+        found, top, uncertain = self._fast_best(q, products)
         if len(uncertain):
-            close = q[torch.from_numpy(uncertain).to(q.device)]
-            floor = top[torch.from_numpy(uncertain).to(q.device)] - tolerance(q.shape[1])
-            found[uncertain] = self._settle(queries[uncertain], close, floor, columns, forbidden)
+            which = torch.from_numpy(uncertain).to(q.device)
+            close = q[which]
+            if in_one_tile:
+                products = [(tile, c, product[which]) for tile, c, product in products]
+            else:
+                products = self._products(queries[uncertain], close, columns, forbidden)
+            floor = top[which] - tolerance(q.shape[1])
+            found[uncertain] = self._settle(close, floor, products)
         similarity = np.full(len(queries), np.nan, dtype=np.float32)
         some = np.flatnonzero(found >= 0)
         if len(some):
@@ -98,13 +112,13 @@ class RankedRows:
         return found, similarity
 
     def _fast_best(
-        self, queries: Ranks, q: torch.Tensor, columns: Ranks, forbidden: Forbidden
+        self, q: torch.Tensor, products: Iterable[Products]
     ) -> tuple[Ranks, torch.Tensor, Ranks]:
         """Return the best column by fast products, its value, and the queries that are not sure."""
         top = torch.full((len(q),), -torch.inf, device=q.device)
         second = top.clone()
         at = torch.full((len(q),), -1, dtype=torch.int64, device=q.device)
-        for tile, _, product in self._products(queries, q, columns, forbidden):
+        for tile, _, product in products:
             value, index, next_value = top_two(product)
             better = value > top
             at = torch.where(better, torch.from_numpy(tile).to(q.device)[index], at)
@@ -115,7 +129,7 @@ class RankedRows:
 
     def _products(
         self, queries: Ranks, q: torch.Tensor, columns: Ranks, forbidden: Forbidden
-    ) -> Iterator[tuple[Ranks, torch.Tensor, torch.Tensor]]:
+    ) -> Iterator[Products]:
         """Yield tiles of columns, their rows, and the fast products; -inf where forbidden."""
         for tile in self.tiles(columns):
             hidden = forbidden(queries, tile)
@@ -127,18 +141,11 @@ class RankedRows:
                 product.masked_fill_(torch.from_numpy(hidden).to(q.device), -torch.inf)
             yield tile, c, product
 
-    def _settle(
-        self,
-        queries: Ranks,
-        q: torch.Tensor,
-        floor: torch.Tensor,
-        columns: Ranks,
-        forbidden: Forbidden,
-    ) -> Ranks:
+    def _settle(self, q: torch.Tensor, floor: torch.Tensor, products: Iterable[Products]) -> Ranks:
         """Return the best column by exact products, of those whose fast product reaches `floor`."""
-        top = np.full(len(queries), -np.inf)
-        at = np.full(len(queries), -1, dtype=np.int64)
-        for tile, c, product in self._products(queries, q, columns, forbidden):
+        top = np.full(len(q), -np.inf)
+        at = np.full(len(q), -1, dtype=np.int64)
+        for tile, c, product in products:
             close = product >= floor[:, None]
             if int(close.sum()) > _DENSE * close.numel():
                 product.copy_(on_grid(exact_cosine(q.double(), c.double()), -1.0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +14,17 @@ from numpy.typing import NDArray
 
 from curate import parquet, tar_rows
 from curate.bundled import BundledEmbeddings, find_bundled
-from curate.columns import ColumnMapping, export_schema, map_columns, no_such_column
+from curate.columns import (
+    ColumnMapping,
+    distinct,
+    export_schema,
+    map_columns,
+    no_such_column,
+)
 from curate.errors import PoolError
 from curate.images import ImageFolder
 from curate.rows import export_batches, find_image_folder, sample_batches
-from curate.sources import Shard, Source, find_source, fingerprint_file
+from curate.sources import Shard, Source, find_source, fingerprint_files, shard_masks
 from curate.uids import derive_uids, given_uids, unique_uids
 
 __all__ = ["BundledEmbeddings", "ColumnMapping", "Pool", "Shard", "unique_uids"]
@@ -43,10 +48,6 @@ def _inspect(
     most = parquet.IMAGE_SHARD_ROWS if mapping.image else parquet.METADATA_SHARD_ROWS
     shards = parquet.plan_shards(found.files, footers, max_rows=most)
     return schema, mapping, shards, [sum(n for n, _ in footer.row_groups) for footer in footers]
-
-
-def _distinct(*names: str | None) -> list[str]:
-    return list(dict.fromkeys(name for name in names if name is not None))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -226,6 +227,32 @@ class Pool:
         parts = (batch for shard in chosen for batch in self._read(shard, names, rows))
         return parquet.coalesce(parts, rows)
 
+    def take(self, rows: Iterable[int]) -> pa.Table:
+        """Read single rows, images as ``struct<bytes, path>``, for a look at them.
+
+        Parameters
+        ----------
+        rows : iterable of int
+            Numbers of rows of the pool; only their shards are read.
+
+        Returns
+        -------
+        pyarrow.Table
+            In the order of `rows`.
+
+        Raises
+        ------
+        IndexError
+            If there is no such row.
+        """
+        wanted = np.fromiter(rows, dtype=np.int64)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(f"rows must be in 0 ... {len(self) - 1}")
+        unique, back = np.unique(wanted, return_inverse=True)
+        masks = shard_masks(self.shards, unique)
+        batches = [b for shard, mask in masks for b in self.export_batches(shard, mask)]
+        return pa.Table.from_batches(batches, self.export_schema()).take(back)
+
     def samples(self, shard: Shard, rows: int = 256) -> Iterator[pa.RecordBatch]:
         """Read a shard's rows in one form, whatever the pool's columns are.
 
@@ -248,7 +275,7 @@ class Pool:
             If the file is damaged, or changed since the pool was opened.
         """
         image, text, url = self.mapping.image, self.mapping.text, self.mapping.url
-        names = _distinct(image, text, url) or self.columns[:1]
+        names = distinct(image, text, url) or self.columns[:1]
         for batch in self._read(shard, names, rows):
             yield from sample_batches(
                 batch, image=image, text=text, url=url, folder=self.image_folder
@@ -293,8 +320,8 @@ class Pool:
     def _identity(self) -> list[str]:
         """Return the columns that a derived uid is made of."""
         mapping = self.mapping
-        names = _distinct(mapping.image, mapping.url, mapping.text)
-        return names or _distinct(mapping.embedding) or self.columns[:1]
+        names = distinct(mapping.image, mapping.url, mapping.text)
+        return names or distinct(mapping.embedding) or self.columns[:1]
 
     def export_schema(self) -> pa.Schema:
         """Return the schema of `export_batches`: the pool's, with images that `datasets` decodes.
@@ -350,18 +377,16 @@ class Pool:
         Of each file its name, size and 16 blocks of 64 KiB go in, so it is cheap for any size.
         The files of bundled embeddings count too.
         """
-        digest = hashlib.sha256(repr(sorted(asdict(self.mapping).items())).encode())
-        files = list(self.source.files)
-        if self.bundled_embeddings is not None:
-            files += self.bundled_embeddings.files()
-        for file in files:
-            digest.update(fingerprint_file(file))
-        return digest.hexdigest()
+        bundled = self.bundled_embeddings
+        files = [*self.source.files, *(bundled.files() if bundled is not None else ())]
+        return fingerprint_files(files, repr(sorted(asdict(self.mapping).items())))
 
     @property
     def _place(self) -> str:
         files = self.source.files
-        return files[0].path if len(files) == 1 else self.source.root
+        place = Path(files[0].path if len(files) == 1 else self.source.root)
+        here = Path.cwd()
+        return str(place.relative_to(here) if place.is_relative_to(here) else place)
 
     def _facts(self) -> dict[str, Any]:
         return {

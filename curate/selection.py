@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from curate.errors import ShardError
 from curate.manifest import read_manifest
@@ -37,7 +42,8 @@ class Selection:
     Attributes
     ----------
     table : pyarrow.Table
-        `uid`, `kept`, `weight`, `reason` and the evidence columns of the ledger.
+        `uid`, `kept`, `weight`, `reason` and the evidence columns of the ledger. In the mode
+        ``max-earlier`` the row that `duplicate_of` names may have been dropped itself.
     path : Path or None
         The run's folder, if the selection was opened from one.
 
@@ -75,6 +81,54 @@ class Selection:
         if manifest is None or not manifest["complete"]:
             raise ShardError(f"{folder} holds no complete selection; run curate prune first")
         return cls(read_parts(ledger, int(manifest["parts"])), ledger.parent)
+
+    @classmethod
+    def from_mask(
+        cls,
+        uids: Sequence[str] | pa.ChunkedArray,
+        kept: Sequence[bool] | NDArray[np.bool_],
+        *,
+        reason: str,
+    ) -> Selection:
+        """Make a selection by a rule of your own, to combine with others by ``&``.
+
+        Parameters
+        ----------
+        uids : (n,) str
+            Of every row of the pool, in its order.
+        kept : (n,) bool
+            Which rows the rule keeps.
+        reason : str
+            Why it drops the others, such as ``"filtered:too-small"``.
+
+        Examples
+        --------
+        >>> Selection.from_mask(["a", "b"], [True, False], reason="filtered:odd").counts
+        {'filtered:odd': 1, 'kept': 1}
+        """
+        mask = np.asarray(kept, dtype=bool)
+        columns = {
+            "uid": uids if isinstance(uids, pa.ChunkedArray) else pa.array(uids, pa.string()),
+            "kept": pa.array(mask),
+            "weight": pa.array(mask.astype(np.float32)),
+            "reason": pa.array(np.where(mask, "kept", reason).tolist(), pa.string()),
+        }
+        return cls(pa.table(columns))
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the run: parameters, rows per stage, warnings, versions."""
+        manifest = None if self.path is None else read_manifest(self.path)
+        if manifest is None:
+            raise ShardError("this selection was not opened from the folder of a run")
+        return manifest
+
+    @cached_property
+    def clusters(self) -> pa.Table:
+        """The concept clusters of the run: size, d_intra, d_inter, complexity, target, kept."""
+        if self.path is None:
+            raise ShardError("this selection was not opened from the folder of a run")
+        return pq.read_table(self.path / "clusters" / "summary.parquet")
 
     def __len__(self) -> int:
         return int(self.table.num_rows)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
 from curate.errors import PoolError
 
@@ -298,3 +300,23 @@ def fingerprint_file(file: SourceFile) -> bytes:
     except OSError as error:
         raise PoolError(f"{file.path} cannot be read: {error}") from error
     return digest.digest()
+
+
+def fingerprint_files(files: Iterable[SourceFile], *facts: str) -> str:
+    """Return the hash of some files, by `fingerprint_file`, and of what else identifies them."""
+    state = hashlib.sha256("\x1f".join(facts).encode())
+    for file in files:
+        state.update(fingerprint_file(file))
+    return state.hexdigest()
+
+
+def shard_masks(
+    shards: Iterable[Shard], rows: NDArray[np.int64]
+) -> Iterator[tuple[Shard, NDArray[np.bool_]]]:
+    """Yield the shards that hold some of the rows of a pool, and which of theirs these are."""
+    for shard in shards:
+        here = rows[(rows >= shard.first_row) & (rows < shard.first_row + shard.rows)]
+        if len(here):
+            mask = np.zeros(shard.rows, dtype=np.bool_)
+            mask[here - shard.first_row] = True
+            yield shard, mask

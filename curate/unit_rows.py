@@ -158,17 +158,16 @@ def fast_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def top_two(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each row's largest value, where it is, and the second; the products are spoiled.
-
-    The second is -inf where there is one column only.
-    """
+    """Return each row's largest value, where it is, and the second, -inf if there is none."""
     if products.device.type == "cpu":
         # NumPy's argmax is vectorised: twice as fast as torch.topk, measured on 2 cores.
         array, every = products.numpy(), np.arange(len(products))
         at = array.argmax(axis=1)
         first = array[every, at]
         array[every, at] = -np.inf
-        return torch.from_numpy(first), torch.from_numpy(at), torch.from_numpy(array.max(axis=1))
+        second = array.max(axis=1)
+        array[every, at] = first
+        return torch.from_numpy(first), torch.from_numpy(at), torch.from_numpy(second)
     values, index = products.topk(min(2, products.shape[1]), dim=1)
     second = values[:, 1] if values.shape[1] == 2 else torch.full_like(values[:, 0], -torch.inf)
     return values[:, 0], index[:, 0], second
@@ -182,7 +181,15 @@ def tolerance(d: int) -> float:
 
 def lengths64(block: torch.Tensor) -> torch.Tensor:
     """Return the float64 lengths of float64 rows on the grid: the root of an exact sum."""
-    return (block * block).sum(dim=1).sqrt()
+    lengths: torch.Tensor = torch.linalg.vector_norm(block, dim=1)
+    return lengths
+
+
+def row_dots(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the (n,) exact dot products of row i of a and row i of b, float64 on the grid."""
+    if a.device.type == "cpu":  # without the (n, d) array of products: five times as fast
+        return torch.from_numpy(np.einsum("ij,ij->i", a.numpy(), b.numpy()))
+    return (a * b).sum(dim=1)
 
 
 def exact_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -192,7 +199,7 @@ def exact_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def exact_row_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the (n,) cosine similarities of row i of a and row i of b, unrounded float64."""
-    return (a * b).sum(dim=1) / (lengths64(a) * lengths64(b))
+    return row_dots(a, b) / (lengths64(a) * lengths64(b))
 
 
 def on_grid(values: torch.Tensor, low: float) -> torch.Tensor:

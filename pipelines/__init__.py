@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.embedding import embed
+    from pipelines.exporting import export
     from pipelines.pruning import prune
     from pipelines.reporting import write_report
 
-__all__ = ["embed", "prune", "write_report"]
+__all__ = ["embed", "export", "prune", "write_report"]
 
 _HOMES = {
     "embed": "pipelines.embedding",
+    "export": "pipelines.exporting",
     "prune": "pipelines.pruning",
     "write_report": "pipelines.reporting",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from curate.embeddings import Embeddings, ShardedRows
 from curate.errors import PoolError
 from curate.manifest import StepFolder, digest, read_manifest
 from curate.pool import Pool, Shard
-from curate.sources import SourceFile, fingerprint_file
+from curate.sources import SourceFile, fingerprint_files
 from pipelines.config import EmbedConfig, PoolConfig, PruneConfig, default_out
 from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec
 
@@ -219,10 +218,7 @@ def source_fingerprint(source: Source) -> str:
         return str((read_manifest(source.path) or {}).get("fingerprint"))
     if isinstance(source, EncoderSpec):
         return digest(source.params())
-    state = hashlib.sha256()
-    for file in source.files():
-        state.update(fingerprint_file(file))
-    return state.hexdigest()
+    return fingerprint_files(source.files(), source.kind)
 
 
 def describe_source(source: Source) -> dict[str, Any]:

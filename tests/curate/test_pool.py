@@ -1,4 +1,5 @@
 import pickle
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -167,3 +168,16 @@ def test_pickle_and_repr(tmp_path):
     assert "rows: 10" in repr(pool) and "image=image" in repr(pool)
     shown = pool._repr_html_()
     assert "<b>x" not in shown and "&lt;b&gt;x" in shown
+
+
+def test_take_rows_for_a_look(tmp_path: Path) -> None:
+    numbers = list(range(300))
+    table = pa.table({"image": [b"%d" % i for i in numbers], "text": [str(i) for i in numbers]})
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=40)
+    pool = Pool.open(tmp_path / "p.parquet")
+    found = pool.take([250, 3, 250, 41])
+    assert found["text"].to_pylist() == ["250", "3", "250", "41"]
+    assert found["image"][1].as_py()["bytes"] == b"3"
+    assert pool.take([]).num_rows == 0
+    with pytest.raises(IndexError, match=r"0 \.\.\. 299"):
+        pool.take([300])

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipelines
-from curate.errors import BudgetError, FingerprintError
+from curate.errors import BudgetError, FingerprintError, PoolError, ShardError
 from curate.pool import Pool
-from curate.selection import LEDGER
+from curate.selection import LEDGER, Selection
 from curate.shards import read_parts
 from tests.conftest import MakePool, embedded_table, tree
 
@@ -206,3 +206,35 @@ def test_allow_fewer_after_a_refusal(make_pool: MakePool, tmp_path: Path) -> Non
     assert pipelines.prune(pool, keep=0.95, out=run, allow_fewer=True).counts["kept"] < 190
     with pytest.raises(BudgetError, match=r"190 rows were asked for"):
         pipelines.prune(pool, keep=0.95, out=run)
+
+
+def test_a_rule_of_one_s_own(make_pool: MakePool, tmp_path: Path) -> None:
+    """Combined with a run's selection, and written as a pool with its ledger."""
+    table = embedded_table(200)
+    pool = make_pool(table, shards=3)
+    pruned = pipelines.prune(pool, keep=0.3, out=tmp_path / "run")
+    mine = Selection.from_mask(
+        table["uid"], table["extra"].to_numpy() > 0, reason="filtered:negative"
+    )
+    both = pruned & mine
+    written = pipelines.export(pool, both, out=tmp_path / "mine")
+    assert written.counts == both.counts
+    assert written.counts["filtered:negative"] + written.counts["kept"] == 60
+    expected = table.filter(both.table["kept"].combine_chunks())
+    assert pq.read_table(tmp_path / "mine" / "pool").equals(expected)
+    before = tree(tmp_path / "mine")
+    pipelines.export(pool, both, out=tmp_path / "mine")
+    assert tree(tmp_path / "mine") == before
+    with pytest.raises(FingerprintError, match="ledger"):
+        pipelines.export(pool, pruned, out=tmp_path / "mine")
+    with pytest.raises(PoolError, match="not of the rows"):
+        pipelines.export(make_pool(table.slice(1), "other"), both, out=tmp_path / "none")
+
+
+def test_a_selection_knows_its_run(make_pool: MakePool, tmp_path: Path) -> None:
+    pool = make_pool(embedded_table(200))
+    found = pipelines.prune(pool, keep=0.3, out=tmp_path / "run")
+    assert found.clusters["kept"].to_numpy().sum() == 60
+    assert found.manifest["counts"] == found.counts
+    with pytest.raises(ShardError, match="not opened from"):
+        _ = (found & found).clusters
