@@ -33,6 +33,7 @@ METADATA = pa.schema(
 OK = "ok"
 BAD_EMBEDDING = "bad_embedding"
 MISSING = "missing"
+_UNIT = 1e-3  # rounding to float16 changes a length by less
 
 
 def image_path(folder: Path, part: int) -> Path:
@@ -95,10 +96,14 @@ def unit_float16(x: NDArray[np.floating]) -> tuple[NDArray[np.float16], NDArray[
     with np.errstate(over="ignore", invalid="ignore"):
         wide = np.asarray(x, dtype=np.float32)
         norm = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+        rows = np.array(x, dtype=np.float16)
     good = np.isfinite(norm) & (norm > 1e-12)
-    scaled = np.zeros(wide.shape, dtype=np.float16)
-    scaled[good] = (wide[good] / norm[good, None]).astype(np.float16)
-    return scaled, good
+    rows[~good] = 0
+    # Row by row, since the result must not depend on which rows share a shard: rows that are of
+    # length one already stay as they are, to the bit.
+    scale = good & (np.abs(norm - 1) > _UNIT)
+    rows[scale] = (wide[scale] / norm[scale, None]).astype(np.float16)
+    return rows, good
 
 
 class ShardedRows:

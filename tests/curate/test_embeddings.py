@@ -48,6 +48,16 @@ def test_unit_rows_of_any_scale() -> None:
     assert not rows[~good].any()
 
 
+def test_unit_rows_stay_as_they_are() -> None:
+    """Whatever other rows are there."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 64))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    mixed = np.concatenate([x * np.float16(3), np.zeros((1, 64), np.float16), x])
+    assert np.array_equal(unit_float16(x)[0], x)
+    assert np.array_equal(unit_float16(mixed)[0][21:], x)
+
+
 def folder(path: Path, *, complete: bool = True) -> Path:
     step = open_step(path, step="embed", step_version=1, params={}, inputs={})
     columns = {
