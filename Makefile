@@ -19,6 +19,7 @@ demo: venv
 
 test: venv lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --doctest-modules curate coreset distill pipelines
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -o addopts= notebooks
 
 test-all: venv lint

@@ -128,14 +128,9 @@ class Pool:
             If there is no such pool, a file is damaged, the shards disagree, the pool is empty, a
             column is not there or of the wrong type, or there is neither image, URL nor embedding.
         """
-        given = {
-            "image": image_col,
-            "text": text_col,
-            "url": url_col,
-            "uid": uid_col,
-            "score": score_col,
-            "embedding": embedding_col,
-        }
+        columns = (image_col, text_col, url_col, uid_col, score_col, embedding_col)
+        roles = ("image", "text", "url", "uid", "score", "embedding")
+        given = dict(zip(roles, columns, strict=True))
         found = find_source(source)
         schema, mapping, shards, counts = _inspect(found, given)
         if not shards:

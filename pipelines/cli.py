@@ -139,9 +139,9 @@ def download(config: DownloadConfig, *, messages: Messages | None = None) -> int
     robots.txt is not read. The same command continues a download that was interrupted.
     """
     _set_up(messages)
-    from pipelines.config import default_out
     from pipelines.downloading import describe_download, run_download
     from pipelines.img2dataset_process import Fetch
+    from pipelines.outputs import default_out
     from pipelines.source import open_pool
 
     fetch = Fetch(

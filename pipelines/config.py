@@ -260,7 +260,7 @@ class ReportConfig:
     """
 
     run: Path
-    examples: Annotated[int, Parameter(validator=Number(gte=0, lte=50))] = 6
+    examples: Annotated[int, Parameter(validator=Number(gte=0, lte=12))] = 6
 
 
 @Parameter(name="*")
@@ -376,26 +376,3 @@ class DemoConfig:
 
     out: Path = Path("curate-demo")
     seed: int = 0
-
-
-def default_out(pool: str, what: str) -> Path:
-    """Return the folder beside the pool that a verb writes to without --out.
-
-    Examples
-    --------
-    >>> default_out("data/laion.parquet", "pruned").as_posix()
-    'data/laion-pruned'
-    """
-    if "://" in pool:
-        return Path(f"{Path(pool).stem}-{what}")
-    path = Path(pool)
-    while any(mark in path.name for mark in "*?["):
-        path = path.parent
-    path = path.resolve() if path.name in ("", "..") else path
-    return path.with_name(f"{path.stem if path.suffix else path.name}-{what}")
-
-
-def with_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """Let Python callers name folders by strings."""
-    names = ("out", "embeddings", "image_root")
-    return {k: Path(v) if k in names and v is not None else v for k, v in options.items()}

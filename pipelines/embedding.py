@@ -16,12 +16,12 @@ from curate.manifest import StepFolder, locked, open_step
 from curate.pool import Pool
 from curate.progress import task
 from curate.runtime import resolve_device
-from pipelines.config import EmbedConfig, default_out, with_paths
+from pipelines.config import EmbedConfig
 from pipelines.embed_workers import EmbedWorker, EncoderSpec, ImportWorker, no_advance
 from pipelines.executor import Executor, LocalExecutor, Worker, make_executor
 from pipelines.indexing import index_fingerprint, index_pool
+from pipelines.outputs import check_out, default_out, with_paths
 from pipelines.source import (
-    check_out,
     describe_source,
     open_pool,
     pool_path,

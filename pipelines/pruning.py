@@ -32,18 +32,16 @@ from pipelines.config import (
     PoolConfig,
     PruneConfig,
     RunConfig,
-    default_out,
-    with_paths,
 )
 from pipelines.embedding import embed_pool
 from pipelines.executor import Executor, make_executor
 from pipelines.exporting import export_pool
 from pipelines.indexing import index_pool, read_uids
 from pipelines.ledger import Evidence, Fates, undecodable, write_ledger
+from pipelines.outputs import check_out, default_out, with_paths
 from pipelines.scoring import score_source, score_step
 from pipelines.source import (
     check_embeddings,
-    check_out,
     describe_source,
     open_pool,
     pool_path,

@@ -42,9 +42,7 @@ class Picture:
 
 def pool_record(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a manifest says of the pool: path, mapping, image_root and fingerprint."""
-    given = manifest.get("inputs", {}).get("pool")
-    found = dict(given) if isinstance(given, Mapping) else {"fingerprint": given}
-    return found | dict(manifest.get("pool", {}))
+    return {"fingerprint": manifest.get("inputs", {}).get("pool"), **manifest.get("pool", {})}
 
 
 def collect_pictures(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from curate.errors import PoolError
 from curate.manifest import StepFolder, digest, read_manifest
 from curate.pool import Pool, Shard
 from curate.sources import SourceFile, fingerprint_files
-from pipelines.config import EmbedConfig, PoolConfig, PruneConfig, default_out
+from pipelines.config import EmbedConfig, PoolConfig, PruneConfig
 from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec
+from pipelines.outputs import default_out
 
 logger = logging.getLogger(__name__)
 
@@ -115,25 +115,6 @@ def open_pool(config: PoolConfig) -> Pool:
     logger.info("pool: %s rows in %s shards", f"{len(pool):,}", f"{len(pool.shards):,}")
     logger.info("columns: %s", pool.mapping.describe())
     return pool
-
-
-def check_out(pool: str, out: Path) -> None:
-    """Refuse an output folder whose files the pool's glob would find the next time.
-
-    Raises
-    ------
-    PoolError
-    """
-    if not any(mark in pool for mark in "*?["):
-        return
-    pattern = str(Path(pool).expanduser().absolute())
-    for name in ("pool/part-00000.parquet", "embeddings/metadata/metadata_0000.parquet"):
-        path = str(out.absolute() / name)
-        if ("**" in pattern or pattern.count("/") == path.count("/")) and fnmatch(path, pattern):
-            raise PoolError(
-                f"--out {out} lies where --pool {pool} looks: its files would be rows of the next "
-                "run; choose a folder elsewhere"
-            )
 
 
 def pool_path(pool: Pool) -> str:
