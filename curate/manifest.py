@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -195,24 +195,13 @@ def open_step(
         If the folder holds another result, or files that no step wrote, and `overwrite` is off.
     """
     path = Path(path)
-    identity = {"step": step, "step_version": step_version, "params": dict(params)}
-    identity["inputs"] = dict(inputs)
-    identity = json.loads(json.dumps(identity))
+    identity = _identity(step, step_version, params, inputs)
     file = manifest_beside(path) if beside else path / NAME
-    manifest = read_manifest(path)
+    manifest = _same_or_refused(path, identity, overwrite=overwrite)
     if manifest is not None and manifest["fingerprint"] == digest(identity):
         return StepFolder(path, manifest, file)
-    if manifest is not None:
-        if not overwrite:
-            raise FingerprintError(describe_difference(path, manifest, identity))
-        if not keep_content:
-            _clear(path, file)
-    elif path.is_dir() and any(child.name != _temporary(NAME) for child in path.iterdir()):
-        # A run that was killed in its first moment leaves nothing but the temporary manifest.
-        raise FingerprintError(
-            f"{path} holds files but no {NAME}: it was not made by this tool and is left alone. "
-            "Choose another --out"
-        )
+    if manifest is not None and not keep_content:
+        _clear(path, file)
     folder = StepFolder(
         path,
         {
@@ -227,6 +216,46 @@ def open_step(
     )
     folder.record()
     return folder
+
+
+def check_step(
+    path: Path,
+    *,
+    step: str,
+    step_version: int,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    overwrite: bool = False,
+) -> None:
+    """Raise what `open_step` would raise, and write nothing."""
+    identity = _identity(step, step_version, params, inputs)
+    _same_or_refused(Path(path), identity, overwrite=overwrite)
+
+
+def _identity(
+    step: str, step_version: int, params: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    identity = {"step": step, "step_version": step_version, "params": dict(params)}
+    identity["inputs"] = dict(inputs)
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def _same_or_refused(
+    path: Path, identity: Mapping[str, Any], *, overwrite: bool
+) -> dict[str, Any] | None:
+    """Return the manifest that is there, if the folder may be continued or replaced."""
+    manifest = read_manifest(path)
+    if manifest is None:
+        # A run that was killed in its first moment leaves nothing but the temporary manifest.
+        if path.is_dir() and any(child.name != _temporary(NAME) for child in path.iterdir()):
+            raise FingerprintError(
+                f"{path} holds files but no {NAME}: it was not made by this tool and is left "
+                "alone. Choose another --out"
+            )
+    elif manifest["fingerprint"] != digest(identity) and not overwrite:
+        raise FingerprintError(describe_difference(path, manifest, identity))
+    return manifest
 
 
 def describe_difference(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -297,7 +326,12 @@ def locked(folder: Path) -> Iterator[None]:
             raise FingerprintError(
                 f"{folder} is being written by another process; wait for it or choose another --out"
             ) from error
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # a run that failed before it wrote leaves no empty folder
+                folder.rmdir()
+            raise
     finally:
         os.close(handle)
 

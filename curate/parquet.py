@@ -15,7 +15,8 @@ from curate.errors import CurateError, PoolError, ShardError
 from curate.sources import Shard, SourceFile, open_file
 
 #: A logical shard of a pool with images, and of one without.
-IMAGE_SHARD_ROWS, METADATA_SHARD_ROWS = 16_384, 65_536
+# A shard of images is what a crash costs: minutes of embedding on a CPU, a second on a GPU.
+IMAGE_SHARD_ROWS, METADATA_SHARD_ROWS = 4_096, 65_536
 SHARD_BYTES = 1 << 30
 #: A batch is cut short before it grows beyond this, whatever number of rows was asked for.
 BATCH_BYTES = 256 << 20

@@ -67,7 +67,7 @@ def _embed_line(pool: Pool, source: Source) -> str:
         towers = "images and captions" if pool.mapping.text else "images"
         return (
             f"embed     {len(pool):,} {towers} with {source.model}{tag}, "
-            f"{source.resolved_precision} on {source.device}"
+            f"{source.precision} on {source.device}"
         )
     if isinstance(source, Embeddings):
         return f"embed     nothing to do: {source.path}"

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from curate.embeddings import (
     write_embedding_part,
 )
 from curate.errors import PoolError
-from curate.manifest import file_sha256
+from curate.manifest import digest, file_sha256
 from curate.pool import Pool
 from curate.progress import Advance
 from curate.shards import read_part
@@ -44,7 +44,7 @@ class EncoderSpec:
     model: str = DEFAULT_MODEL
     pretrained: str | None = None
     device: str = "auto"
-    precision: str = "auto"
+    precision: str = "fp32"
     batch_size: int = 64
     max_pixels: int = 89_478_485
 
@@ -53,43 +53,52 @@ class EncoderSpec:
         """The batch size as the encoder rounds it, so that no pass is padded but the last."""
         return -(-self.batch_size // 16) * 16
 
-    @property
-    def resolved_precision(self) -> str:
-        """The precision that auto stands for on this machine, since it changes the result."""
-        if self.precision != "auto":
-            return self.precision
-        from curate.encoder import resolve_precision
-        from curate.runtime import resolve_device
-
-        return str(resolve_precision("auto", resolve_device(self.device)))
-
     def params(self) -> dict[str, Any]:
         """Return what changes the result: local files by their content, not by their place."""
         return {
             "model": _name_and_hash(self.model),
             "pretrained": _name_and_hash(self.pretrained),
-            "precision": self.resolved_precision,
+            "precision": self.precision,
             "max_pixels": self.max_pixels,
         }
 
     def load(self) -> Encoder:
-        """Load the weights."""
-        from curate.encoder import load_encoder
+        """Load the weights, or return them if this process holds them already."""
+        return _load(self)
 
-        return load_encoder(
-            self.model,
-            self.pretrained,
-            device=self.device,
-            precision=self.precision,
-            batch_size=self.batch_size,
-        )
+
+@lru_cache(maxsize=1)
+def _load(spec: EncoderSpec) -> Encoder:
+    from curate.encoder import load_encoder
+
+    return load_encoder(
+        spec.model,
+        spec.pretrained,
+        device=spec.device,
+        precision=spec.precision,
+        batch_size=spec.batch_size,
+    )
+
+
+def forget_encoder() -> None:
+    """Let go of the weights that this process holds."""
+    _load.cache_clear()
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Return the precision that auto stands for here, since it changes the result."""
+    from curate import encoder
+    from curate.runtime import resolve_device
+
+    return str(encoder.resolve_precision(precision, resolve_device(device)))
 
 
 def _name_and_hash(name: str | None) -> str | None:
     path = Path(name) if name else None
-    if path is not None and path.is_file():
-        return f"{path.name} sha256:{file_sha256(path)}"
-    return name
+    if path is None or not path.exists():
+        return name
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    return f"{path.name} sha256:" + digest([[p.name, file_sha256(p)] for p in files])
 
 
 def no_advance(rows: int) -> None:

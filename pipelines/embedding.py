@@ -12,17 +12,24 @@ import pyarrow.compute as pc
 
 from curate.embeddings import OK, Embeddings, part_exists
 from curate.errors import FailedRowsError, PoolError
-from curate.manifest import StepFolder, locked, open_step
+from curate.manifest import StepFolder, check_step, locked, open_step
 from curate.pool import Pool
 from curate.progress import task
 from curate.runtime import resolve_device
 from pipelines.config import EmbedConfig
-from pipelines.embed_workers import EmbedWorker, EncoderSpec, ImportWorker, no_advance
+from pipelines.embed_workers import (
+    EmbedWorker,
+    EncoderSpec,
+    ImportWorker,
+    forget_encoder,
+    no_advance,
+)
 from pipelines.executor import Executor, LocalExecutor, Worker, make_executor
 from pipelines.indexing import index_fingerprint, index_pool
 from pipelines.outputs import check_out, default_out, with_paths
 from pipelines.source import (
     describe_source,
+    load_early,
     open_pool,
     pool_path,
     resolve_source,
@@ -118,14 +125,15 @@ def embed_pool(
         Replace embeddings of another encoder or pool.
     """
     encodes = isinstance(source, EncoderSpec)
-    step = open_step(
-        folder,
-        step="embed",
-        step_version=1,
-        params=describe_source(source),
-        inputs={"index": index_fingerprint(pool), "source": source_fingerprint(source)},
-        overwrite=overwrite,
-    )
+    identity: dict[str, Any] = {
+        "step": "embed",
+        "step_version": 1,
+        "params": describe_source(source),
+        "inputs": {"index": index_fingerprint(pool), "source": source_fingerprint(source)},
+    }
+    check_step(folder, **identity, overwrite=overwrite)
+    load_early(source, folder)
+    step = open_step(folder, **identity, overwrite=overwrite)
     todo = [s.index for s in pool.shards if not part_exists(folder, s.index)]
     if step.complete and not todo:
         return step, Embeddings.open(folder)
@@ -134,6 +142,8 @@ def embed_pool(
     with task("embed", total=len(pool), done=done) as advance:
         # In this process progress can be told row by row, elsewhere when a shard is done.
         by_row = encodes and isinstance(executor, LocalExecutor) and executor.runs_here(todo)
+        if not by_row:
+            forget_encoder()  # the workers have their own
         make_worker: Callable[[], Worker]
         if isinstance(source, EncoderSpec):
             within = advance if by_row else no_advance
@@ -142,5 +152,6 @@ def embed_pool(
             make_worker = partial(ImportWorker, pool, source, index, folder)
         for report in executor.map(make_worker, todo):
             advance(0 if by_row else report.rows)
+    forget_encoder()  # what follows needs the memory
     step.finish(rows=len(pool), parts=len(pool.shards))
     return step, Embeddings.open(folder)

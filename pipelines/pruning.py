@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from curate.embeddings import Embeddings
 from curate.errors import BudgetError, FailedRowsError, PoolError
-from curate.manifest import StepFolder, locked, open_step
+from curate.manifest import StepFolder, check_step, locked, open_step
 from curate.pool import Pool
 from curate.prune import PRESETS, Pruning, prune_clusters
 from curate.runtime import resolve_device
@@ -43,6 +43,7 @@ from pipelines.scoring import score_source, score_step
 from pipelines.source import (
     check_embeddings,
     describe_source,
+    load_early,
     open_pool,
     pool_path,
     resolve_source,
@@ -97,16 +98,16 @@ def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
     source = resolve_source(pool, config)
     out = config.out or default_out(config.pool, "pruned")
     check_out(config.pool, out)
+    identity: dict[str, Any] = {
+        "step": "prune",
+        "step_version": 1,
+        "params": result_params(config) | describe_source(source),
+        "inputs": {"pool": pool.fingerprint(), "embeddings": source_fingerprint(source)},
+    }
     with locked(out):
-        run = open_step(
-            out,
-            step="prune",
-            step_version=1,
-            params=result_params(config),
-            inputs={"pool": pool.fingerprint(), "embeddings": source_fingerprint(source)},
-            overwrite=config.overwrite,
-            keep_content=True,
-        )
+        check_step(out, **identity, overwrite=config.overwrite)
+        load_early(source, out / "embeddings")
+        run = open_step(out, **identity, overwrite=config.overwrite, keep_content=True)
         if not (run.complete and _whole(run)):
             executor = make_executor(config.executor, config.workers, config.device)
             _Prune(config, pool, source, run, executor).run()
@@ -374,7 +375,6 @@ class _Prune:
                 if self.config.image_root is None
                 else str(self.config.image_root),
             },
-            "source": describe_source(self.source),
             "rows": len(rows),
             "parts": rows.parts,
             "budget": self.asked,

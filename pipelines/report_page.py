@@ -70,7 +70,6 @@ def _header(summary: RunSummary) -> str:
     source = {"pool": pool.get("path"), **(pool.get("mapping") or {})}
     source |= {"image root": pool.get("image_root"), "pool fingerprint": pool.get("fingerprint")}
     source |= {"run fingerprint": summary.fingerprint, "clusters": summary.manifest.get("clusters")}
-    source |= {"embeddings from": summary.manifest.get("source")}
     source |= dict(summary.manifest.get("environment", {}))
     source |= dict(summary.manifest.get("versions", {}))
     warnings = "".join(

@@ -19,7 +19,7 @@ from curate.manifest import StepFolder, digest, read_manifest
 from curate.pool import Pool, Shard
 from curate.sources import SourceFile, fingerprint_files
 from pipelines.config import EmbedConfig, PoolConfig, PruneConfig
-from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec
+from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec, resolve_precision
 from pipelines.outputs import default_out
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def resolve_source(pool: Pool, config: EmbedConfig | PruneConfig) -> Source:
         model=config.model or DEFAULT_MODEL,
         pretrained=config.pretrained,
         device=config.device,
-        precision=config.precision,
+        precision=resolve_precision(config.precision, config.device),
         batch_size=config.batch_size,
         max_pixels=config.max_pixels,
     )
@@ -193,6 +193,19 @@ def check_embeddings(embeddings: Embeddings, uids: pa.ChunkedArray) -> StepFolde
     return StepFolder(embeddings.path, manifest, embeddings.path / "manifest.json")
 
 
+def load_early(source: Source, embeddings: Path) -> None:
+    """Load the encoder, if it will be needed, before anything is written.
+
+    A model that is misspelt or cannot be downloaded then leaves no folder behind that would have
+    to be overwritten.
+    """
+    if isinstance(source, EncoderSpec):
+        manifest = read_manifest(embeddings) if embeddings.is_dir() else None
+        done = manifest is not None and manifest["complete"]
+        if not (done and manifest is not None and manifest["params"] == describe_source(source)):
+            source.load()
+
+
 def source_fingerprint(source: Source) -> str:
     """Return the hash of what decides the embeddings."""
     if isinstance(source, Embeddings):
@@ -205,7 +218,7 @@ def source_fingerprint(source: Source) -> str:
 def describe_source(source: Source) -> dict[str, Any]:
     """Return what the manifest says about the embeddings."""
     if isinstance(source, EncoderSpec):
-        return {"encoder": source.params()}
+        return source.params()
     if isinstance(source, Embeddings):
         return {"embeddings": source.path.name}
     return {"imported": source.kind}

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import pipelines
 from curate.embeddings import Embeddings
 from curate.encoder import load_encoder
+from curate.errors import FingerprintError, ModelError
 from curate.images import decode
 from curate.pool import Pool
 from tests.conftest import MakePool, embedded_table, image_table, tree, unit_rows
@@ -201,3 +202,27 @@ def test_cifar10_without_captions(
     )
     assert kept.features["label"].names[0] == "airplane"
     assert kept[0]["image"].size == (32, 32)
+
+
+def test_a_model_that_cannot_be_had_leaves_nothing(make_pool: MakePool, tmp_path: Path) -> None:
+    """So that the next try with the same --out needs no --overwrite."""
+    pool = make_pool(image_table(20))
+    for run in (
+        lambda: pipelines.prune(pool, keep=0.3, out=tmp_path / "run", model="ViT-B-23"),
+        lambda: pipelines.embed(pool, out=tmp_path / "run", encoder="timm:vit_tiny_patch"),
+    ):
+        with pytest.raises(ModelError):
+            run()
+        assert not (tmp_path / "run").exists()
+
+
+def test_another_model_is_refused_by_name(
+    make_pool: MakePool, tmp_path: Path, tiny_clip: Path
+) -> None:
+    pool = make_pool(image_table(60))
+    options = {"keep": 0.3, "out": tmp_path / "run", "epsilon": 1e-5}
+    pipelines.prune(pool, model=str(tiny_clip), pretrained="none", **options)
+    with pytest.raises(FingerprintError, match=r"model .*tiny.*ViT-B-32"):
+        pipelines.prune(pool, model="ViT-B-32", pretrained="none", **options)
+    with pytest.raises(FingerprintError, match=r"precision .*fp32.*bf16"):
+        pipelines.prune(pool, model=str(tiny_clip), pretrained="none", precision="bf16", **options)
