@@ -160,6 +160,9 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
 
     Attributes
     ----------
+    download
+        Download the images of a pool that holds only addresses first, to NAME-images beside it
+        (curate download has more options).
     keep
         Kept fraction of the pool's rows; exactly floor(keep * rows + 0.5) rows stay.
     epsilon
@@ -205,6 +208,7 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
         Keep what there is where fewer rows survive than must be kept, instead of exit code 3.
     """
 
+    download: Annotated[bool, Parameter(group=_POOL, negative="")] = False
     keep: Annotated[float, Parameter(group=_PRUNE), _FRACTION]
     epsilon: Annotated[
         float, Parameter(group=_DEDUP), Parameter(validator=Number(gte=0, lte=2))

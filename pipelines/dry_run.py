@@ -7,7 +7,7 @@ from curate.pool import Pool
 from pipelines.config import EmbedConfig, PruneConfig
 from pipelines.embed_workers import EncoderSpec
 from pipelines.outputs import default_out
-from pipelines.pruning import clip_fraction, exact_budget, prune_options
+from pipelines.prune_params import clip_fraction, exact_budget, prune_options
 from pipelines.source import Source, open_pool, resolve_source
 from pipelines.stages import dedup_clusters, prune_clusters_count
 

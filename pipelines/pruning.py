@@ -7,10 +7,9 @@ concept clusters -> write the ledger, the kept rows and the report.
 from __future__ import annotations
 
 import logging
-import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,14 @@ from curate.embeddings import Embeddings
 from curate.errors import BudgetError, FailedRowsError, PoolError
 from curate.manifest import StepFolder, check_step, locked, open_step
 from curate.pool import Pool
-from curate.prune import PRESETS, Pruning, prune_clusters
+from curate.prune import Pruning, prune_clusters
 from curate.runtime import resolve_device
 from curate.scores import best_scores
 from curate.selection import Selection
 from curate.shards import missing_parts
 from pipelines import stages
 from pipelines.config import (
-    ModelConfig,
-    PoolConfig,
     PruneConfig,
-    RunConfig,
 )
 from pipelines.embedding import embed_pool
 from pipelines.executor import Executor, make_executor
@@ -39,6 +35,7 @@ from pipelines.exporting import export_pool
 from pipelines.indexing import index_pool, read_uids
 from pipelines.ledger import Evidence, Fates, undecodable, write_ledger
 from pipelines.outputs import check_out, default_out, with_paths
+from pipelines.prune_params import clip_fraction, exact_budget, prune_options, result_params
 from pipelines.scoring import score_source, score_step
 from pipelines.source import (
     check_embeddings,
@@ -52,11 +49,6 @@ from pipelines.source import (
 from pipelines.stages import Clustered, Duplicates, PoolRows
 
 logger = logging.getLogger(__name__)
-
-# They say where the rows come from and how the run goes, not what comes out.
-_NOT_RESULT = {
-    field.name for base in (PoolConfig, ModelConfig, RunConfig) for field in fields(base)
-} - {"seed"} | {"allow_fewer"}
 
 
 def prune(pool: str | Path | Pool, *, keep: float, **options: Any) -> Selection:
@@ -95,8 +87,11 @@ def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
     """Prune as the configuration says; see `prune`."""
     resolve_device(config.device)  # a wrong one is told before hours of work, not after
     pool = opened or open_pool(config)
-    source = resolve_source(pool, config)
     out = config.out or default_out(config.pool, "pruned")
+    if config.download and pool.url_only:
+        config = _downloaded(pool, config)
+        pool = open_pool(config)
+    source = resolve_source(pool, config)
     check_out(config.pool, out)
     identity: dict[str, Any] = {
         "step": "prune",
@@ -115,6 +110,16 @@ def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
             check_enough(run.manifest, config)
             logger.info("%s is complete already; nothing to do", out)
     return Selection.open(out)
+
+
+def _downloaded(pool: Pool, config: PruneConfig) -> PruneConfig:
+    """Download a pool's images; return the configuration for the pool that they make."""
+    from pipelines.downloading import run_download
+
+    images = default_out(config.pool, "images")
+    logger.info("%s", run_download(pool, images, overwrite=config.overwrite).summary())
+    # img2dataset gives these columns names of its own, which are found by name.
+    return replace(config, pool=str(images), image_col=None, text_col=None, url_col=None)
 
 
 def _whole(run: StepFolder) -> bool:
@@ -140,23 +145,6 @@ def check_enough(manifest: Mapping[str, Any], config: PruneConfig) -> None:
         )
 
 
-def result_params(config: PruneConfig) -> dict[str, Any]:
-    """Return the parameters that decide the result, presets resolved."""
-    # allow_fewer is not among them: it decides whether there is a result, not which.
-    params = {k: v for k, v in asdict(config).items() if k not in _NOT_RESULT}
-    return params | prune_options(config) | {"score_col": config.score_col}
-
-
-def prune_options(config: PruneConfig) -> dict[str, Any]:
-    """Return temperature, neighbours and lower bound: the preset's unless given."""
-    given = {k: getattr(config, k) for k in ("temperature", "neighbours", "lower", "lower_ratio")}
-    given = {k: v for k, v in given.items() if v is not None}
-    preset = dict(PRESETS[config.preset])
-    if "lower" in given:
-        preset.pop("lower_ratio", None)
-    return {"lower": 0, "lower_ratio": None} | preset | given
-
-
 def check_failed(selection: Selection, max_failed: float) -> None:
     """Check how many rows could not be used; the result is written in any case.
 
@@ -172,17 +160,6 @@ def check_failed(selection: Selection, max_failed: float) -> None:
             f"--max-failed {max_failed} allows; the ledger's column detail says why. The result "
             "is written"
         )
-
-
-def exact_budget(keep: float, rows: int) -> int:
-    """Return floor(keep * rows + 0.5).
-
-    Examples
-    --------
-    >>> exact_budget(0.28, 12000), exact_budget(0.5, 3), exact_budget(1.0, 7)
-    (3360, 2, 7)
-    """
-    return math.floor(keep * rows + 0.5)
 
 
 class _Prune:
@@ -390,8 +367,3 @@ class _Prune:
         self.step.record(**facts)
         write_report(self.folder)
         self.step.finish()
-
-
-def clip_fraction(config: PruneConfig) -> float:
-    """Return the share of the survivors that the CLIP score lets through."""
-    return math.sqrt(config.keep) if config.clip_fraction == "auto" else float(config.clip_fraction)

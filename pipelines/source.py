@@ -142,7 +142,7 @@ def resolve_source(pool: Pool, config: EmbedConfig | PruneConfig) -> Source:
         raise PoolError(
             f"{config.pool} holds addresses but no images and no embeddings. Download them first: "
             f"curate download --pool {config.pool} --out {out} (runs img2dataset: "
-            "pip install 'curate-distill[download]')"
+            "pip install 'curate-distill[download]'), or pass --download to curate prune"
         )
     return EncoderSpec(
         model=config.model or DEFAULT_MODEL,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import http.server
 import io
 import json
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+import pipelines
 from curate.errors import CurateError, FingerprintError, PoolError
 from curate.pool import Pool
 from pipelines.download_shards import ImageShards
@@ -316,6 +318,40 @@ def test_interrupting_stops_the_program(addresses: Path, program: Path, tmp_path
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=20)
     _until(lambda: not _running(program))
+
+
+def test_prune_downloads_first_on_request(
+    make_pool: MakePool, program: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip: Path
+) -> None:
+    picture = (
+        "__import__('base64').b64decode('" + base64.b64encode(_jpeg(0)).decode() + "')[:-9]"
+        " + bytes([sum(r['url'].encode()) % 256]) * 7 + bytes([255, 217])"
+    )
+    program.write_text(program.read_text().replace('r["url"].encode()', picture))
+    monkeypatch.setenv(VARIABLE, str(program))
+    n = 30
+    table = pa.table(
+        {
+            "uid": [f"{i:032x}" for i in range(n)],
+            "URL": [f"http://a/{'bad' if i % 10 == 0 else 'good'}/{i}" for i in range(n)],
+            "TEXT": [f"caption {i}" for i in range(n)],
+        }
+    )
+    pool = make_pool(table, "laion")
+    with pytest.raises(PoolError, match="pass --download"):
+        pipelines.prune(pool, keep=0.2)
+    found = pipelines.prune(
+        pool,
+        keep=0.2,
+        download=True,
+        model=str(tiny_clip),
+        pretrained="none",
+        dedup_mode="none",
+    )
+    assert found.counts["kept"] == 6
+    assert found.counts["decode_failed"] == 3
+    assert found.path == pool.with_name("laion-pruned")
+    assert set(found.table["uid"].to_pylist()) == set(table["uid"].to_pylist())
 
 
 def _until(check: Callable[[], bool], seconds: float = 30.0) -> None:
