@@ -36,7 +36,7 @@ def find_duplicates(
 
     Parameters
     ----------
-    x : (n, d) float16 or float32
+    x : (n, d) float16 or float32 (float64 is taken as float32)
         Unit rows: NumPy array or memory map, tensor on any device, or lazy shards. Rows whose
         cluster is -1 are not read.
     cluster : (n,) int32

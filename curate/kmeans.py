@@ -81,7 +81,7 @@ def fit(
 
     Parameters
     ----------
-    x : (n, d) float16 or float32
+    x : (n, d) float16 or float32 (float64 is taken as float32)
         Unit rows: NumPy array or memory map, tensor on any device, or lazy shards.
     k : int
         Number of clusters, 1 to n.
@@ -158,7 +158,7 @@ def assign(
 
     Parameters
     ----------
-    x : (n, d) float16 or float32
+    x : (n, d) float16 or float32 (float64 is taken as float32)
         Unit rows, as for `fit`.
     centroids : (k, d) array
         Centroids; they need a direction, not a length.

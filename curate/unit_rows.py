@@ -3,7 +3,7 @@
 Every number that decides something is a sum of float64 terms on a grid of powers of two, so that
 it is exact, whatever the order of summation, the block size, the threads or the device:
 
-- rows lie on multiples of 2^-26 (every float16 in [-1, 1] does; float32 rows are rounded to it);
+- rows lie on multiples of 2^-26 (every float16 in [-1, 1] does; other types are rounded to it);
 - centroids lie on multiples of 2^-24, cosine distances and similarities on multiples of 2^-23;
 - hence dot products of two unit vectors are exact in float64 (fewer than 2^53 steps of 2^-52), and
   so are the sums of up to 2^27 rows (2^29 of float16) and of 2^29 distances.
@@ -91,20 +91,17 @@ class Rows:
         Raises
         ------
         TypeError
-            If the rows are neither float16 nor float32.
+            If the rows are not of a floating type.
         ValueError
             If a row is not finite or not of length 1.
         """
         block = _as_tensor(self._take(rows))
-        if block.dtype not in (torch.float16, torch.float32):
-            raise TypeError(
-                f"x has dtype {block.dtype}; use float16 or float32, x.astype(np.float32) "
-                "for instance"
-            )
+        if not block.dtype.is_floating_point:
+            raise TypeError(f"x has dtype {block.dtype}; use float16, float32 or float64 rows")
         wide = block.to(self.device).float()
         if check:
             _check_unit(wide, rows)
-        if block.dtype == torch.float32:
+        if block.dtype != torch.float16:  # whose values lie on the grid
             wide = torch.round(wide * ROW_GRID) / ROW_GRID
         return wide
 

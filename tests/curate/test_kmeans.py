@@ -247,8 +247,8 @@ def test_bad_rows_are_named(value, message, backend):
 
 def test_wrong_types_and_centroids():
     x = mixture(n=30)
-    with pytest.raises(TypeError, match="float16 or float32"):
-        fit(x.astype(np.float64), 2, device="cpu")
+    with pytest.raises(TypeError, match=r"int64; use float16"):
+        fit(np.eye(4, dtype=np.int64), 2, device="cpu")
     with pytest.raises(ValueError, match="centroid 1 is zero"):
         assign(x, np.eye(2, 32) * [[1], [0]], device="cpu")
     with pytest.raises(ValueError, match="same encoder"):
@@ -300,3 +300,15 @@ def test_clusters_check_themselves():
         with pytest.raises(ValueError, match=message):
             Clusters(np.array(cluster, np.int32), dist, eye)
     assert kmeans.Clusters is Clusters
+
+
+def test_float64_rows_are_taken_as_float32():
+    x = mixture(dtype=np.float64)
+    found, expected = (fit(rows, 5, device="cpu") for rows in (x, x.astype(np.float32)))
+    assert np.array_equal(found.centroids, expected.centroids)
+    for one, other in zip(
+        assign(x, found.centroids, device="cpu"),
+        assign(x.astype(np.float32), found.centroids, device="cpu"),
+        strict=True,
+    ):
+        assert np.array_equal(one, other)
