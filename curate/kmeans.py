@@ -31,6 +31,7 @@ __all__ = ["BACKENDS", "Clusters", "KMeans", "assign", "fit"]
 
 BACKENDS = ("auto", "torch", "faiss")
 Progress = Callable[[int, int], None]
+Checkpoint = Callable[[int, NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,7 @@ def fit(
     keys: NDArray[np.uint64] | None = None,
     init: NDArray[np.float32] | None = None,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
     block_bytes: int | None = None,
 ) -> KMeans:
     """Cluster unit rows by cosine similarity: spherical k-means (Dhillon and Modha, 2001).
@@ -101,6 +103,9 @@ def fit(
         Starting centroids; default k-means++ (Arthur and Vassilvitskii, 2007) on a sample.
     progress : callable, optional
         Called with the moves done and ``iterations``.
+    checkpoint : callable, optional
+        Called with the moves done and the (k, d) centroids after each: a fit with these as
+        ``init`` and as many fewer ``iterations`` ends where this one does (not with FAISS).
     block_bytes : int, optional
         Memory of a block of rows and its products; results do not depend on it.
 
@@ -134,7 +139,7 @@ def fit(
         if backend == "faiss":
             centroids, done = fit_faiss(rows, centroids, iterations, seed, identity)
         else:
-            centroids, done = _lloyd(rows, centroids, iterations, identity, progress)
+            centroids, done = _lloyd(rows, centroids, iterations, identity, progress, checkpoint)
         centroids, cluster, distance = _without_empty(rows, centroids, identity)
     counts = np.bincount(cluster, minlength=k)
     return KMeans(
@@ -248,22 +253,27 @@ def _lloyd(
     iterations: int,
     identity: NDArray[np.uint64],
     progress: Progress | None,
+    checkpoint: Checkpoint | None,
 ) -> tuple[NDArray[np.float32], int]:
     k = len(centroids)
     cluster = np.full(rows.n, -1, dtype=np.int32)
     sums = torch.zeros((k, rows.d), dtype=torch.float64, device=rows.device)
     for done in range(iterations):
-        moved = _move(rows, centroids, cluster, sums, check=done == 0)
+        _move(rows, centroids, cluster, sums, check=done == 0)
         means = _directions(sums.cpu().numpy(), centroids)
         filled = 0
         if np.bincount(cluster, minlength=k).min() == 0:
             distance = _own_distance(rows, cluster, centroids)
             filled = _fill_empty(rows, means, cluster, distance, identity)
-        if moved == 0 and filled == 0:
+        # The sums are exact: centroids that stay are those whose rows stay. Only the centroids
+        # decide what comes next, so that a fit can go on from them alone.
+        if filled == 0 and np.array_equal(means, centroids):
             return centroids, done
         centroids = means
         if progress is not None:
             progress(done + 1, iterations)
+        if checkpoint is not None:
+            checkpoint(done + 1, centroids)
     return centroids, iterations
 
 
@@ -274,14 +284,13 @@ def _move(
     sums: torch.Tensor,
     *,
     check: bool,
-) -> int:
-    """Put each row into its nearest cluster, in place; return how many rows changed theirs.
+) -> None:
+    """Put each row into its nearest cluster, in place.
 
     The sums are exact, so taking a row out leaves what they would be without it: only the rows
     that changed are added up.
     """
     c = torch.from_numpy(centroids).to(rows.device)
-    changed = 0
     for start, block in rows.blocks(len(c), check=check):
         own = cluster[start : start + len(block)]
         before = torch.from_numpy(own).to(block.device).long()
@@ -291,8 +300,6 @@ def _move(
             continue
         _add_up(sums, block, at, after[at], before[at])
         own[:] = after.cpu().numpy()
-        changed += len(at)
-    return changed
 
 
 def _add_up(

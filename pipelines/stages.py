@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipelines.indexing import uid_ranks
 logger = logging.getLogger(__name__)
 
 _PAIRS_EXACTLY = 20_000
+_SECONDS_BETWEEN_CHECKPOINTS = 30.0  # of k-means, which can run for hours
 # The clusters of the dedup step only bring near-copies together: centroids from a sample do that
 # as well as those from all rows. (The concept clusters that rows are pruned by use every row.)
 _FIT_ROWS, _FIT_ROWS_PER_CLUSTER = 50_000, 256
@@ -284,8 +286,10 @@ def cluster_rows(
             keys = mixed_keys(rows.ranks[index], config.seed, label)
             sample = np.sort(index[np.argpartition(keys, fit_rows)[:fit_rows]])
         x_fit = embeddings.image.subset(sample)
-        centroids = _fit(x_fit, k, rows.ranks[sample], config, label, note)
+        centroids = _fit(x_fit, k, rows.ranks[sample], config, folder, label, note)
         write_array(path, centroids)
+    for checkpoint in _checkpoints(folder):
+        checkpoint.unlink()
     cluster[index], distance[index] = kmeans.assign(x, centroids, device=config.device)
     return Clustered(cluster, distance, centroids)
 
@@ -295,28 +299,56 @@ def _fit(
     k: int,
     keys: NDArray[np.uint64],
     config: PruneConfig,
+    folder: Path,
     label: str,
     note: Callable[..., None],
 ) -> NDArray[np.float32]:
-    with task(label, total=config.kmeans_iterations, unit="iterations") as advance:
+    done, init = _last_checkpoint(folder)
+    total, last = config.kmeans_iterations, time.monotonic()
+
+    def save(moves: int, centroids: NDArray[np.float32]) -> None:
+        nonlocal last
+        due = time.monotonic() - last >= _SECONDS_BETWEEN_CHECKPOINTS
+        if due and done + moves < total:  # after the last one there is nothing to go on with
+            before = _checkpoints(folder)
+            write_array(folder / f"iteration-{done + moves:05d}.npy", centroids)
+            for path in before:
+                path.unlink()
+            last = time.monotonic()
+
+    with task(label, total=total, unit="iterations", done=done) as advance:
         result = kmeans.fit(
             x,
             k,
-            iterations=config.kmeans_iterations,
+            iterations=total - done,
             seed=config.seed,
             backend=config.backend,
             device=config.device,
             keys=keys,
-            progress=lambda done, total: advance(1),
+            init=init,
+            progress=lambda moves, total: advance(1),
+            checkpoint=save,
         )
     note(
         fit_rows=len(x),
         objective=result.objective,
-        iterations=result.iterations,
+        iterations=done + result.iterations,
         empty_clusters=result.empty_clusters,
         backend=result.backend,
     )
     return result.centroids
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("iteration-*.npy"))
+
+
+def _last_checkpoint(folder: Path) -> tuple[int, NDArray[np.float32] | None]:
+    """Return how many iterations an interrupted fit had done, and its centroids."""
+    paths = _checkpoints(folder)
+    if not paths:
+        return 0, None
+    return int(paths[-1].stem.removeprefix("iteration-")), read_array(paths[-1])
 
 
 def prune_clusters_count(config: PruneConfig, rows: int) -> int:

@@ -312,3 +312,15 @@ def test_float64_rows_are_taken_as_float32():
         strict=True,
     ):
         assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("after", [1, 3, 14])
+def test_a_fit_goes_on_from_any_checkpoint(after):
+    x = mixture(spread=0.4)
+    seen = {}
+    whole = fit(x, 12, iterations=15, device="cpu", checkpoint=seen.__setitem__)
+    assert list(seen) == list(range(1, whole.iterations + 1))
+    done = min(after, whole.iterations)
+    rest = fit(x, 12, iterations=15 - done, init=seen[done], device="cpu")
+    assert np.array_equal(rest.centroids, whole.centroids)
+    assert done + rest.iterations == whole.iterations

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pipelines
+from pipelines import stages
 from tests.conftest import MakePool, embedded_table, image_table, tree
 
 Kill = dict[str, float]
@@ -105,3 +107,32 @@ def test_killed_while_decoding_and_embedding(
     command = ["prune", "--pool", str(pool), "--keep", "0.3", "--epsilon", "1e-6"]
     command += ["--model", str(tiny_clip), "--pretrained", "none", "--batch-size", "16"]
     assert check_kills(server, command, tmp_path, chains=2, by_time=3) >= 8
+
+
+class Killed(BaseException):
+    """Stands in for a kill inside a process."""
+
+
+@pytest.mark.parametrize("which", [1, 4, 9, 15])
+def test_k_means_goes_on_where_it_was_killed(
+    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Its checkpoints are minutes apart; here there is one after every iteration."""
+    monkeypatch.setattr(stages, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    pool = make_pool(embedded_table(600, groups=30))
+    options = {"keep": 0.3, "clusters": 25, "dedup_clusters": 5}
+    pipelines.prune(pool, out=tmp_path / "whole", **options)
+    write, written = stages.write_array, []
+
+    def write_and_die(path: Path, array: np.ndarray) -> None:
+        write(path, array)
+        written.append(path.name)
+        if len(written) == which:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages, "write_array", write_and_die)
+        pipelines.prune(pool, out=tmp_path / "run", **options)
+    assert written[-1].startswith("iteration-") or written[-1] == "centroids.npy"
+    pipelines.prune(pool, out=tmp_path / "run", **options)
+    assert tree(tmp_path / "run") == tree(tmp_path / "whole")
