@@ -1,7 +1,8 @@
 """Distilled datasets: a small set of synthesized images that trains like the whole.
 
-``distill.squeeze`` trains a teacher, ``distill.recover`` synthesizes images, ``distill.relabel``
-records soft labels, ``distill.DistilledSet`` is the result and ``distill.validate`` its judge.
+``distill.squeeze`` trains a teacher, ``distill.recover`` synthesizes images from it and
+``distill.match`` without one, ``distill.relabel`` records soft labels, ``distill.DistilledSet`` is
+the result and ``distill.validate`` its judge.
 Names are loaded when they are used.
 """
 
@@ -17,23 +18,32 @@ if TYPE_CHECKING:
     from distill.distilled_images import DistilledImages
     from distill.export import export
     from distill.image_set import ImageSet
+    from distill.label_maps import LabelMaps, store_label_maps
+    from distill.match_recipes import MATCH_RECIPES, MatchRecipe
+    from distill.matching import match
     from distill.networks import build
+    from distill.randaugment import RandAugment
     from distill.recipes import RECIPES, Recipe, recipe_for
     from distill.recover import recover
     from distill.relabel import attach, relabel
     from distill.replay import ReplayedBatches
     from distill.soft_labels import SoftLabels
     from distill.squeeze import SqueezeConfig, accuracy, squeeze
+    from distill.static_labels import with_static_labels
     from distill.stored_labels import store_labels
     from distill.teacher import Teacher
     from distill.validate import Validation, validate
     from distill.view_draw import ViewDraw
 
 __all__ = [
+    "MATCH_RECIPES",
     "RECIPES",
     "DistilledImages",
     "DistilledSet",
     "ImageSet",
+    "LabelMaps",
+    "MatchRecipe",
+    "RandAugment",
     "Recipe",
     "ReplayedBatches",
     "SoftLabels",
@@ -45,20 +55,27 @@ __all__ = [
     "attach",
     "build",
     "export",
+    "match",
     "recipe_for",
     "recover",
     "relabel",
     "sizes",
     "squeeze",
+    "store_label_maps",
     "store_labels",
     "validate",
+    "with_static_labels",
 ]
 
 _HOMES = {
+    "MATCH_RECIPES": "match_recipes",
     "RECIPES": "recipes",
     "DistilledImages": "distilled_images",
     "DistilledSet": "distilled",
     "ImageSet": "image_set",
+    "LabelMaps": "label_maps",
+    "MatchRecipe": "match_recipes",
+    "RandAugment": "randaugment",
     "Recipe": "recipes",
     "ReplayedBatches": "replay",
     "SoftLabels": "soft_labels",
@@ -69,9 +86,12 @@ _HOMES = {
     "accuracy": "squeeze",
     "attach": "relabel",
     "build": "networks",
+    "match": "matching",
     "recipe_for": "recipes",
     "sizes": "distilled",
+    "store_label_maps": "label_maps",
     "store_labels": "stored_labels",
+    "with_static_labels": "static_labels",
 }
 _VERBS = ("squeeze", "recover", "relabel", "validate", "export")
 

@@ -210,7 +210,9 @@ def same_labels(
         If these are other teachers, or the images do not fit the views.
     """
     source = Source.distilled(images)
-    ensemble = Ensemble(source, teachers, labels.header.view_size, resolve_device(device))
+    augment = None if plain else labels.header.randaugment
+    size = labels.header.view_size
+    ensemble = Ensemble(source, teachers, size, resolve_device(device), augment)
     _check_same(labels, source, ensemble)
     header = replace(
         labels.header,
@@ -219,6 +221,7 @@ def same_labels(
         std=tuple(source.std),
         epochs=labels.stored_epochs,
         mix="none" if plain else labels.header.mix,
+        augment_count=0 if augment is None else augment.count,
     )
     recorded = labels
     if labels.codec.name == "params":  # the views are enough, nobody need be asked

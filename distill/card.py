@@ -70,8 +70,10 @@ def _about(images: DistilledImages, labels: SoftLabels | None, sizes: dict[str, 
         f"Normalisation of pixels in [0, 1]: mean {list(images.mean)}, std {list(images.std)}.",
         "",
     ]
+    if images.soft_label is not None:
+        lines.append("Column `soft_label`: log-probabilities of the whole image, float16.")
     if labels is None:
-        return [*lines, "There are no soft labels."]
+        return [*lines, "There are no soft labels of views."]
     header = labels.header
     kept = f" (k = {header.k})" if header.k else ""
     return [

@@ -6,6 +6,7 @@ names both as configurations. Nothing in it is a pickle.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -15,13 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from curate.errors import ShardError
-from curate.images import decode
 from curate.manifest import (
     StepFolder,
     atomic_path,
@@ -33,26 +32,12 @@ from curate.manifest import (
 from curate.shards import write_parquet
 from distill.card import card
 from distill.distilled_images import DistilledImages
+from distill.distilled_reading import FORMAT, PROVENANCE, SOFT_LABEL, TYPES, files_of, read_images
 from distill.networks import SMALL_IMAGE
 from distill.replay import ReplayedBatches, Source
 from distill.soft_labels import SoftLabels
 
-_FORMAT = "distill-set/1"
-_PROVENANCE = b"distill.provenance"
 _ROWS_PER_FILE, _ROWS_PER_GROUP = 20_000, 256
-_MOST_BYTES_PER_PIXEL = 8
-
-_TYPES: dict[str, pa.DataType] = {
-    "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-    "label": pa.int64(),
-    "image_id": pa.int32(),
-    "ipc_rank": pa.int32(),
-    "init_kind": pa.string(),
-    "init_id": pa.string(),
-    "teacher_conf": pa.float32(),
-    "recover_loss": pa.float32(),
-    "bn_loss": pa.float32(),
-}
 
 
 @dataclass(frozen=True)
@@ -184,8 +169,8 @@ class DistilledSet:
         manifest = read_manifest(folder)
         if manifest is not None and not manifest["complete"]:
             raise ShardError(f"{folder} was not written to its end; write it again")
-        images, provenance = _read_images(folder)
-        label_files = _files(folder / "labels") if (folder / "labels").exists() else []
+        images, provenance = read_images(folder)
+        label_files = files_of(folder / "labels") if (folder / "labels").exists() else []
         labels = SoftLabels.open(label_files) if label_files else None
         try:
             return cls(images, labels, provenance)
@@ -243,14 +228,27 @@ def _facts(images: DistilledImages) -> dict[str, Any]:
     """Return what the metadata says of the images, beside their class names."""
     values = [images.teacher_confidence, images.recover_loss, images.bn_loss]
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "size": images.size,
         "ipc": images.ipc,
         "mean": list(images.mean),
         "std": list(images.std),
         "rows": digest([images.init_kind.tolist(), images.init_id.tolist(), _hex(values)]),
         "classes": digest(list(images.class_names)),
+        **_static_facts(images),
     }
+
+
+def _static_facts(images: DistilledImages) -> dict[str, str]:
+    if images.soft_label is None:
+        return {}
+    return {"soft_label": hashlib.sha256(images.soft_label.tobytes()).hexdigest()}
+
+
+def _types(images: DistilledImages) -> dict[str, pa.DataType]:
+    if images.soft_label is None:
+        return TYPES
+    return {**TYPES, SOFT_LABEL: pa.list_(pa.float16(), len(images.class_names))}
 
 
 def _hex(values: list[NDArray[np.float32]]) -> list[str]:
@@ -262,15 +260,19 @@ def _schema(data: DistilledSet) -> pa.Schema:
         "image": {"_type": "Image"},
         "label": {"names": list(data.images.class_names), "_type": "ClassLabel"},
     }
-    for name, kind in _TYPES.items():
+    for name, kind in TYPES.items():
         dtype = {"float": "float32"}.get(str(kind), str(kind))
         features.setdefault(name, {"dtype": dtype, "_type": "Value"})
+    if data.images.soft_label is not None:
+        width = len(data.images.class_names)
+        value = {"dtype": "float16", "_type": "Value"}
+        features[SOFT_LABEL] = {"feature": value, "length": width, "_type": "List"}
     provenance = {**_facts(data.images), "provenance": data.provenance}
     metadata = {
         b"huggingface": json.dumps({"info": {"features": features}}).encode(),
-        _PROVENANCE: json.dumps(provenance, allow_nan=False).encode(),
+        PROVENANCE: json.dumps(provenance, allow_nan=False).encode(),
     }
-    return pa.schema(list(_TYPES.items()), metadata=metadata)
+    return pa.schema(list(_types(data.images).items()), metadata=metadata)
 
 
 def _write_images(data: DistilledSet, folder: Path) -> int:
@@ -311,86 +313,9 @@ def _image_rows(
             images.bn_loss[part],
         ]
         arrays = [
-            pa.array(column, kind) for column, kind in zip(columns, _TYPES.values(), strict=True)
+            pa.array(column, kind) for column, kind in zip(columns, TYPES.values(), strict=True)
         ]
+        if images.soft_label is not None:
+            flat = pa.array(images.soft_label[part].ravel())
+            arrays.append(pa.FixedSizeListArray.from_arrays(flat, images.soft_label.shape[1]))
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _files(folder: Path) -> list[Path]:
-    """Return the files NAME-i-of-N.parquet in their order, all N of them."""
-    found = sorted(folder.glob("*-of-*.parquet"))
-    if not found:
-        raise ShardError(f"{folder} holds no Parquet files; is this a distilled set?")
-    name, _, count = found[0].stem.rpartition("-of-")
-    base = name.rpartition("-")[0]
-    expected = [
-        folder / f"{base}-{number:05d}-of-{count}.parquet"
-        for number in range(int(count) if count.isdigit() else 0)
-    ]
-    if found != expected:
-        lacking = sorted({p.name for p in expected} ^ {p.name for p in found})
-        raise ShardError(f"{folder} is not complete, or holds files of two sets: {lacking[:3]}")
-    return found
-
-
-def _read_images(folder: Path) -> tuple[DistilledImages, dict[str, Any]]:
-    tables = []
-    for path in _files(folder / "images"):
-        try:
-            tables.append(pq.ParquetFile(path).read(columns=list(_TYPES)))
-        except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{path} is damaged: {error}") from error
-    where = folder / "images"
-    try:
-        table = pa.concat_tables(tables)
-        facts = json.loads(table.schema.metadata[_PROVENANCE])
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        names = tuple(str(name) for name in features["label"]["names"])
-        if facts["format"] != _FORMAT:
-            raise ValueError(f"format {facts['format']!r}")
-        images = _images(table, names, facts)
-        return images, dict(facts["provenance"])
-    except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-        raise ShardError(f"{where} is no distilled set of format {_FORMAT}: {error}") from error
-
-
-def _images(table: pa.Table, names: tuple[str, ...], facts: dict[str, Any]) -> DistilledImages:
-    for name, kind in _TYPES.items():
-        column = table.column(name)
-        if column.type != kind or column.null_count:
-            raise ValueError(f"column {name} is not {kind}, or has empty cells")
-    n, size = table.num_rows, int(facts["size"])
-    if n == 0 or n != int(facts["ipc"]) * len(names):
-        raise ValueError(f"{n} images, but {facts['ipc']} for each of {len(names)} classes")
-    columns = {name: np.array(table.column(name)) for name in list(_TYPES)[1:]}
-    if not np.array_equal(columns["image_id"], np.arange(n)):
-        raise ValueError("image_id must count the rows from 0")
-    return DistilledImages(
-        _decoded(table.column("image"), size),
-        columns["label"],
-        columns["ipc_rank"],
-        columns["init_kind"].astype(np.str_),
-        columns["init_id"].astype(np.str_),
-        columns["teacher_conf"],
-        columns["recover_loss"],
-        columns["bn_loss"],
-        names,
-        tuple(float(value) for value in facts["mean"]),
-        tuple(float(value) for value in facts["std"]),
-    )
-
-
-def _decoded(cells: pa.ChunkedArray, size: int) -> NDArray[np.uint8]:
-    pixels: list[NDArray[np.uint8]] = []
-    for row, cell in enumerate(cells):
-        found = decode(
-            cell["bytes"].as_py(),
-            max_pixels=size * size,
-            max_bytes=_MOST_BYTES_PER_PIXEL * size * size + 65_536,
-        )
-        if found.image is None:
-            raise ValueError(f"image {row} does not decode: {found.detail}")
-        if found.image.size != (size, size):
-            raise ValueError(f"image {row} is {found.image.size}; it must be ({size}, {size})")
-        pixels.append(np.asarray(found.image))
-    return np.stack(pixels)

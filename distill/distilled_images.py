@@ -31,6 +31,8 @@ class DistilledImages:
     class_names : tuple of str
     mean, std : tuple of float
         Normalisation of pixels in [0, 1] that a student should use.
+    soft_label : (n, C) float16, optional
+        Static soft labels: the log-probabilities that the teachers give the whole images.
     """
 
     pixels: NDArray[np.uint8]
@@ -44,6 +46,7 @@ class DistilledImages:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    soft_label: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         n, classes = len(self.pixels), len(self.class_names)
@@ -57,6 +60,14 @@ class DistilledImages:
             and np.array_equal(self.ipc_rank, expected // classes)
         ):
             raise ValueError("images must be sorted by ipc_rank, then by class, one of each")
+        static = self.soft_label
+        if static is not None and (static.shape != (n, classes) or static.dtype != np.float16):
+            raise ValueError(
+                f"soft_label is {static.dtype} of {static.shape}; it must be float16 of "
+                f"{(n, classes)}"
+            )
+        if static is not None and not np.isfinite(static).all():
+            raise ValueError("soft_label must be finite")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -94,4 +105,5 @@ class DistilledImages:
             self.class_names,
             self.mean,
             self.std,
+            None if self.soft_label is None else self.soft_label[:m],
         )

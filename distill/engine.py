@@ -40,6 +40,8 @@ class Batch:
     seed : int
     graphs : bool
         Record the step as a CUDA graph and replay it.
+    features : sequence of (G, B, D) float
+        What each network should see in the images; for the feature residual.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Batch:
         limits: tuple[torch.Tensor, torch.Tensor],
         seed: int,
         graphs: bool,
+        features: Sequence[torch.Tensor] = (),
     ) -> None:
         self.recipe, self.networks, self.student = recipe, networks, student
         self.begun, device = begun, begun.device
@@ -61,6 +64,8 @@ class Batch:
         self.per_class, self.start = groups[0].per_class, groups[0].start
         self.x = begun.clone().requires_grad_(True)
         self.first, self.second = torch.zeros_like(begun), torch.zeros_like(begun)
+        self.average = begun.clone() if recipe.flatness else None
+        self.features = [one.to(begun.dtype) for one in features]
         self.classwise = [network.class_target(self.labels) for network in networks]
         self.states = [network.states(len(groups)) for network in networks]
         self.loss = torch.full((len(groups),), torch.nan, device=device, dtype=begun.dtype)
@@ -175,12 +180,44 @@ class Batch:
         )
         total = recipe.cross_entropy * terms.cross_entropy(logits, self.labels)
         total = total + recipe.statistics * distance
+        if recipe.feature_residual:
+            near = terms.feature_residual(
+                network.take_features(self.labels.shape), self.features[turn]
+            )
+            total = total + recipe.feature_residual * near
+        if self.average is not None:
+            flat = terms.flatness(
+                logits,
+                self._past_logits(network, show),
+                self.labels.shape,
+                temperature=recipe.flatness_temperature,
+            )
+            total = total + recipe.flatness * flat
+        return self._with_beginning(total, seen, logits, show), distance
+
+    @torch.no_grad()
+    def _past_logits(
+        self, network: Prepared, show: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        assert self.average is not None
+        logits = network(show(self.average).flatten(0, 1))
+        self.average.lerp_(self.x, 1 - self.recipe.flatness_decay)
+        return logits
+
+    def _with_beginning(
+        self,
+        total: torch.Tensor,
+        seen: torch.Tensor,
+        logits: torch.Tensor,
+        show: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        recipe = self.recipe
         if recipe.residual:
             total = total + recipe.residual * terms.image_residual(seen, show(self.begun))
         if recipe.adversarial and self.student is not None:
             guess = self.student(seen.flatten(0, 1))
             total = total + recipe.adversarial * terms.adversarial(guess, logits, self.labels)
-        return self._with_priors(total, seen), distance
+        return self._with_priors(total, seen)
 
     def _with_priors(self, total: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         recipe = self.recipe
@@ -209,6 +246,8 @@ class Batch:
     @torch.no_grad()
     def _end_stage(self) -> None:
         self.x.lerp_(self.begun, 1 - self.recipe.stage_keep)
+        if self.average is not None:
+            self.average.copy_(self.x)
         self.first.zero_()
         self.second.zero_()
 
@@ -227,6 +266,8 @@ class Batch:
             "distance": self.distance,
             "now": self.now,
         }
+        if self.average is not None:
+            own["average"] = self.average
         return {**own, **moving}
 
     @torch.no_grad()

@@ -36,8 +36,15 @@ class Group:
     start: int
 
 
-def plan(recipe: Recipe, *, ipc: int, classes: int) -> list[Group]:
+def plan(recipe: Recipe, *, ipc: int, classes: int, first: int = 0) -> list[Group]:
     """Return the groups of a run; each image is in one.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    ipc, classes : int
+    first : int
+        The rank of the first image of each class, which names the groups; rows count from 0.
 
     Examples
     --------
@@ -52,7 +59,7 @@ def plan(recipe: Recipe, *, ipc: int, classes: int) -> list[Group]:
         for rank_block, class_block in _blocks(recipe, ranks, classes):
             labels = np.repeat(class_block, len(rank_block))
             rows = np.tile(rank_block, len(class_block)) * classes + labels
-            name = (int(rank_block[0]), int(class_block[0]))
+            name = (first + int(rank_block[0]), int(class_block[0]))
             found.append(Group(name, rows, labels, len(rank_block), start))
     return found
 

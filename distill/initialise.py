@@ -30,11 +30,14 @@ class Beginning:
         ``noise``, ``real`` or ``patch``.
     ids : (ipc * C,) str
         The real images; several are joined by ``+``.
+    sources : (ipc * C, k) int64
+        The rows of the real images; k is 0 for noise.
     """
 
     images: torch.Tensor
     kind: NDArray[np.str_]
     ids: NDArray[np.str_]
+    sources: NDArray[np.int64]
 
 
 def initialise(
@@ -46,6 +49,7 @@ def initialise(
     seed: int,
     device: torch.device,
     student: Teacher | None = None,
+    taken: NDArray[np.int64] | None = None,
 ) -> Beginning:
     """Return the images from which recover starts.
 
@@ -65,6 +69,8 @@ def initialise(
     device : torch.device
     student : Teacher, optional
         Trained on what was distilled before; images it gets wrong come first (CUDD).
+    taken : (m,) int64, optional
+        Rows of real images that others began as, as many of each class: they are not taken again.
 
     Raises
     ------
@@ -74,7 +80,8 @@ def initialise(
     if recipe.begin == "noise":
         return _noise(images, ipc, seed, device)
     if recipe.begin == "real":
-        return _real(recipe, teacher, images, ipc, seed, device, student)
+        used = np.zeros(0, np.int64) if taken is None else taken
+        return _real(recipe, teacher, images, ipc, seed, device, student, used)
     return _patches(recipe, teacher, images, ipc, seed, device)
 
 
@@ -86,9 +93,24 @@ def _noise(images: ImageSet, ipc: int, seed: int, device: torch.device) -> Begin
         shape = (images.classes, 3, images.size, images.size)
         drawn.append(torch.randn(shape, generator=generator))
     n = ipc * images.classes
-    return Beginning(
-        torch.stack(drawn).to(device), np.full(n, "noise"), np.full(n, "", dtype=np.str_)
-    )
+    x, ids = torch.stack(drawn).to(device), np.full(n, "", dtype=np.str_)
+    return Beginning(x, np.full(n, "noise"), ids, np.empty((n, 0), np.int64))
+
+
+def check_enough(images: ImageSet, ipc: int) -> None:
+    """Check that every class has as many real images.
+
+    Raises
+    ------
+    ValueError
+        If one has not.
+    """
+    c = int(images.counts.argmin())
+    if images.counts[c] < ipc:
+        raise ValueError(
+            f"class {images.class_names[c]!r} has {images.counts[c]} images and ipc is {ipc}: "
+            "lower ipc, or use a method that begins from noise (sre2l, cda)"
+        )
 
 
 def _real(
@@ -99,21 +121,19 @@ def _real(
     seed: int,
     device: torch.device,
     student: Teacher | None,
+    taken: NDArray[np.int64],
 ) -> Beginning:
+    check_enough(images, ipc + len(taken) // images.classes)
     chosen = np.empty((ipc, images.classes), np.int64)
     for c in range(images.classes):
-        rows = np.flatnonzero(images.labels == c)
-        if len(rows) < ipc:
-            raise ValueError(
-                f"class {images.class_names[c]!r} has {len(rows)} images and ipc is {ipc}: "
-                "lower ipc, or use a method that begins from noise (sre2l, cda)"
-            )
-        rows = rng(seed, "recover", "real", c).permutation(rows)
+        rows = rng(seed, "recover", "real", c).permutation(np.flatnonzero(images.labels == c))
+        rows = rows[~np.isin(rows, taken)]
         chosen[:, c] = rows[_preferred(recipe, teacher, images, rows, device, student)[:ipc]]
     pixels = images.batch(chosen.ravel(), device)
     shape = (ipc, images.classes, 3, images.size, images.size)
     x = teacher.normalise(pixels).contiguous().reshape(shape)
-    return Beginning(x, np.full(chosen.size, "real"), images.ids[chosen.ravel()])
+    kind = np.full(chosen.size, "real")
+    return Beginning(x, kind, images.ids[chosen.ravel()], chosen.reshape(-1, 1))
 
 
 def _preferred(
@@ -289,13 +309,18 @@ def _patches(
     if images.size % factor:
         raise ValueError(f"images of {images.size} pixels cannot be cut into {factor} parts")
     x = torch.empty(ipc, images.classes, 3, images.size, images.size, device=device)
-    names = np.empty((ipc, images.classes), dtype=object)
+    rows = np.empty((ipc, images.classes, factor**2), np.int64)
     for c in range(images.classes):
         found = best_patches(
             recipe, teacher, images, c, count=ipc * factor**2, seed=seed, device=device
         )
         tiles = found.images.reshape(ipc, factor, factor, 3, *found.images.shape[-2:])
         x[:, c] = tiles.permute(0, 3, 1, 4, 2, 5).reshape(ipc, 3, images.size, images.size)
-        sources = images.ids[found.rows].reshape(ipc, factor**2)
-        names[:, c] = ["+".join(dict.fromkeys(row)) for row in sources]
-    return Beginning(x, np.full(names.size, "patch"), names.ravel().astype(np.str_))
+        rows[:, c] = found.rows.reshape(ipc, factor**2)
+    sources = rows.reshape(-1, factor**2)
+    return Beginning(x, np.full(len(sources), "patch"), names_of(images, sources), sources)
+
+
+def names_of(images: ImageSet, sources: NDArray[np.int64]) -> NDArray[np.str_]:
+    """Return the (n,) ids of the real images in (n, k) rows; several are joined by ``+``."""
+    return np.array(["+".join(dict.fromkeys(images.ids[row])) for row in sources], dtype=np.str_)

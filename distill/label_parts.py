@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from curate.errors import ShardError
 from distill.codecs import Codec, CodecName, Columns
+from distill.randaugment import RandAugment
 from distill.views import MIX_KINDS, MixKind, Views
 
 _FORMAT = "distill-labels/1"
@@ -52,6 +53,8 @@ class LabelHeader:
     mean, std : tuple of float
         The normalisation in which the views are made.
     seed : int
+    augment_count, augment_magnitude : int, float
+        RandAugment's numbers; a count of 0 is none.
     source : str
         What tells the images from others.
     classes_sha256 : str
@@ -76,6 +79,15 @@ class LabelHeader:
     source: str
     classes_sha256: str
     teachers: tuple[str, ...]
+    augment_count: int = 0
+    augment_magnitude: float = 0.0
+
+    @property
+    def randaugment(self) -> RandAugment | None:
+        """What else is done to every view."""
+        if not self.augment_count:
+            return None
+        return RandAugment(self.augment_count, self.augment_magnitude)
 
     @property
     def batches(self) -> int:
@@ -122,6 +134,7 @@ class LabelHeader:
         if min(*least, self.batch_size, self.batches_per_part) < 1 or self.mix not in MIX_KINDS:
             raise ValueError("sizes must be at least 1")
         Codec(self.codec, self.classes, self.k)
+        _ = self.randaugment
 
 
 def batches_per_part(header: LabelHeader) -> int:
@@ -134,9 +147,12 @@ def view_columns(views: Sequence[Views], epochs: Sequence[int], numbers: Sequenc
     """Return the columns of the parameters of batches, one row for each view."""
     sizes = [len(one) for one in views]
 
+    seeds = [one.augment_seed for one in views if one.augment_seed is not None]
+
     def repeated(values: Sequence[Any], kind: type) -> NDArray[Any]:
         return np.repeat(np.asarray(values, dtype=kind), sizes, axis=0)
 
+    augmented = {"aug_seed": torch.cat(seeds).numpy()} if seeds else {}
     return {
         "epoch": repeated(epochs, np.int16),
         "batch": repeated(numbers, np.int32),
@@ -147,6 +163,7 @@ def view_columns(views: Sequence[Views], epochs: Sequence[int], numbers: Sequenc
         "mix_id": torch.cat([one.image[one.partner] for one in views]).numpy().astype(np.int32),
         "mix_box": repeated([one.mix_box for one in views], np.int16),
         "mix_lam": repeated([one.mix_weight for one in views], np.float32),
+        **augmented,
     }
 
 
@@ -227,6 +244,7 @@ def _expected(header: LabelHeader) -> dict[str, tuple[np.dtype[Any], tuple[int, 
     codec = Codec(header.codec, header.classes, header.k)
     no_views = torch.zeros(0, dtype=torch.int64)
     none = Views(no_views, torch.zeros(0, 4, dtype=torch.int16), no_views.bool(), no_views)
+    none = replace(none, augment_seed=no_views if header.augment_count else None)
     columns = view_columns([none], [0], [0])
     columns |= codec.encode(np.zeros((0, header.classes), np.float32))
     return {name: (values.dtype, values.shape[1:]) for name, values in columns.items()}
@@ -299,4 +317,5 @@ def views_of(columns: Columns, mix: MixKind) -> Views:
         raise ShardError("the views of a batch are mixed with different boxes or weights")
     top, left, height, width = box[0].tolist()
     weight = float(columns["mix_lam"][0])
-    return Views(image, crop, flip, partner, mix, (top, left, height, width), weight)
+    seed = torch.from_numpy(np.array(columns["aug_seed"])) if "aug_seed" in columns else None
+    return Views(image, crop, flip, partner, mix, (top, left, height, width), weight, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 import timm
@@ -86,7 +87,9 @@ def build(name: str, *, classes: int, size: int, seed: int = 0) -> nn.Module:
             norm = "instance" if name.endswith("-in") else "batch"
             return ConvNet(_OWN[base], classes=classes, size=size, norm=norm)
         if not timm.is_model(name):
-            near = timm.list_models(f"*{name}*")[:5]
+            near = timm.list_models(f"*{name}*")[:5] or get_close_matches(
+                name, [*_OWN, *timm.list_models()], n=3
+            )
             raise ValueError(
                 f"network {name!r} is not known; use convnet3, convnet4 or a timm model"
                 + (

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from distill.features import classifier
 from distill.recipes import Recipe
 from distill.statistics import Moments, RealStatistics, Taps
 from distill.teacher import Teacher
@@ -82,6 +83,9 @@ class Prepared:
         self.taps: Taps | None = None
         if tapped and recipe.statistics > 0:
             self._tap(teacher, real)
+        self._head: torch.Tensor | None = None
+        if tapped and recipe.feature_residual:
+            classifier(self.model, teacher.classes).register_forward_pre_hook(self._watch)
         _cast(self.model, dtype)
 
     def _tap(self, teacher: Teacher, real: RealStatistics | None) -> None:
@@ -106,6 +110,15 @@ class Prepared:
             each = [recipe.first_multiplier] + [1.0] * (layers - 1)
             widths = self.taps.convolution_widths()
             self._conv_norms = LayerNorms(widths, each + each, self.device, self.exact)
+
+    def _watch(self, module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        self._head = given[0]
+
+    def take_features(self, shape: torch.Size) -> torch.Tensor:
+        """Return the (G, B, D) features of the images that passed last."""
+        assert self._head is not None
+        features, self._head = self._head.flatten(1).to(self.exact), None
+        return features.view(*shape, -1)
 
     @property
     def convolutions(self) -> int:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from distill.curriculum import CROPS, CURRICULA, CropKind, Curriculum
+from distill.match_recipes import MATCH_RECIPES
 
 Beginning = Literal["noise", "real", "patch"]
 Choice = Literal["random", "lowest", "median", "correct"]
@@ -25,6 +26,8 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "crop": CROPS,
     "curriculum": CURRICULA,
 }
+_COUNTS = ("batch_images", "patch_factor", "patch_crops", "early_late", "stages", "student_epochs")
+_SHARES = ("class_fraction", "convolution_drop", "momentum", "stage_keep", "flatness_decay")
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,20 @@ class Recipe:
         Weight and temperature of data densification.
     residual : float
         Weight of the squared distance to the image that each began as.
+    feature_residual : float
+        Weight of the squared distance of the teacher's features from those of the real images that
+        each began as.
+    flatness, flatness_decay, flatness_temperature : float
+        Weight of the divergence from what the teacher says of a moving average of the image, how
+        much of that average is the past, and the temperature of both sides.
     adversarial : float
         Weight of the student's ``-log(1 - p(label))``; needs a student.
+    ranges : tuple of int
+        Ranks at which another part of the images begins: it waits for the ones before, on which a
+        student is trained that judges its beginning and that its adversarial term opposes. Empty
+        is one part of all ranks.
+    student_epochs : int
+        Epochs of these students.
     total_variation, image_norm : float
         Weights of the image priors.
     early_late : int
@@ -127,7 +142,13 @@ class Recipe:
     densify: float = 0.0
     densify_temperature: float = 4.0
     residual: float = 0.0
+    feature_residual: float = 0.0
+    flatness: float = 0.0
+    flatness_decay: float = 0.99
+    flatness_temperature: float = 4.0
     adversarial: float = 0.0
+    ranges: tuple[int, ...] = ()
+    student_epochs: int = 150
     total_variation: float = 0.0
     image_norm: float = 0.0
     early_late: int = 1
@@ -143,10 +164,10 @@ class Recipe:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"{field} is {value!r}; use one of {', '.join(allowed)}")
-        for field in ("batch_images", "patch_factor", "patch_crops", "early_late", "stages"):
+        for field in _COUNTS:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1")
-        for field in ("class_fraction", "convolution_drop", "momentum", "stage_keep"):
+        for field in _SHARES:
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1]")
         for one in fields(self):
@@ -154,6 +175,7 @@ class Recipe:
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"{one.name} is {value}; it must not be negative")
         self._check_schedules()
+        self._check_beginning()
 
     def _check_schedules(self) -> None:
         if self.curriculum != "constant" and not 0 < self.milestone <= 1:
@@ -166,6 +188,24 @@ class Recipe:
             raise ValueError(f"jitter is {self.jitter}; the first must not be above the second")
         if not 0 < self.small_view <= 1:
             raise ValueError(f"small_view is {self.small_view}; it must be in (0, 1]")
+        for field in ("flatness_temperature", "densify_temperature"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be above 0")
+
+    def _check_beginning(self) -> None:
+        if self.feature_residual and self.begin == "noise":
+            raise ValueError(
+                "feature_residual keeps images near real ones, and these begin from noise: use "
+                "begin='real' or 'patch', or feature_residual=0"
+            )
+        steps = zip((0, *self.ranges), self.ranges, strict=False)
+        if not all(before < rank for before, rank in steps):
+            raise ValueError(f"ranges is {self.ranges}; they must be above 0 and increase")
+        if self.ranges and self.begin != "real":
+            raise ValueError(
+                f"ranges choose real images and begin is {self.begin!r}: use begin='real', or "
+                "ranges=()"
+            )
 
 
 _SRE2L = Recipe("sre2l", crop="none", flip=False, jitter=(0, 4))
@@ -217,9 +257,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             choice="correct",
             residual=1.0,
             adversarial=1.0,
+            ranges=(20, 50, 100),
         ),
         "rded": Recipe("rded", iterations=0, begin="patch", choice="lowest"),  # Sun et al. 2024
-        "edc": Recipe(  # Shao et al. 2024; without its flatness term
+        # Shao et al. 2024. The published scripts leave flatness off; the paper's weight is 0.25.
+        "edc": Recipe(
             "edc",
             iterations=2000,
             learning_rate=0.05,
@@ -341,6 +383,8 @@ def _named(name: str, size: int, classes: int) -> Recipe:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if name in MATCH_RECIPES:
+            hint = "; distill.match does that one"
         raise ValueError(f"method {name!r} is not one of {', '.join(RECIPES)}{hint}")
     recipe = RECIPES[name]
     if size > 112:

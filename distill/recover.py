@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,16 @@ import torch
 from curate import progress
 from curate.runtime import resolve_device
 from distill import recover_state
+from distill.cudd import joined, parts_of, student_of
 from distill.distilled_images import DistilledImages
 from distill.engine import Batch
+from distill.features import source_features
 from distill.groups import Group, merged, plan
 from distill.image_set import ImageSet
-from distill.initialise import Beginning, initialise
+from distill.initialise import Beginning, check_enough, initialise, names_of
 from distill.prepared import Precision, Prepared, ascended, between, placed, resolve_precision
 from distill.recipes import Recipe, recipe_for
-from distill.recover_state import Saved
+from distill.recover_state import Checkpoint
 from distill.statistics import RealStatistics, real_statistics
 from distill.teacher import Teacher, pixel_range, pixels_of
 
@@ -33,7 +34,7 @@ _BATCH = 500
 
 
 def recover(
-    teachers: Sequence[Teacher],
+    teachers: Sequence[Teacher] | Teacher,
     images: ImageSet,
     *,
     ipc: int,
@@ -55,7 +56,7 @@ def recover(
 
     Parameters
     ----------
-    teachers : sequence of Teacher
+    teachers : Teacher or sequence of Teacher
         Recipes with `round_robin` take them in turn; the others use the first. The result has the
         first one's normalisation.
     images : ImageSet
@@ -70,9 +71,12 @@ def recover(
     device : str or torch.device
     checkpoint : Path, optional
         A file that is written about every 30 seconds and at the end; a run that finds it goes on
-        from there, to the same result bit for bit. Remove it when the result is stored.
+        from there, to the same result bit for bit. Remove it when the result is stored. While a
+        student is trained, a second file lies beside it.
     student : Teacher, optional
-        A network trained on what was distilled before, for CUDD.
+        A network trained on what was distilled before, for CUDD: its images oppose this student,
+        and no other is trained. By default the recipe's `ranges` say when one is trained on the
+        ranks so far.
     precision : {"auto", "bfloat16", "float32", "float64"}
         What networks compute in; ``auto`` is bfloat16 where the processor has it. Pixels, Adam
         and statistics are float32 in any case (float64 in that one).
@@ -102,28 +106,30 @@ def recover(
     >>> recover([teacher], images, ipc=2, method="sre2l", iterations=1).pixels.shape
     (4, 8, 8, 3)
     """
+    teachers = (teachers,) if isinstance(teachers, Teacher) else tuple(teachers)
     _check(teachers, images, ipc, student)
     place = resolve_device(device)
     recipe = recipe_for(method, size=images.size, classes=images.classes, iterations=iterations)
     used = [placed(t, place) for t in (teachers if recipe.round_robin else teachers[:1])]
     dtype = resolve_precision(precision, place)
     most = merge or max(round(_MERGED.get(place.type, 100) * (32 / images.size) ** 2), 1)
+    if recipe.begin == "real":
+        check_enough(images, ipc)
     wanted = recover_state.identity(
         recipe, used, student, images, ipc=ipc, seed=seed, precision=str(dtype), merge=most
     )
-    judge = None if student is None else placed(student, place)
-    begun = initialise(recipe, used[0], images, ipc=ipc, seed=seed, device=place, student=judge)
-    run = _Run(
-        recipe, used, judge, images, begun, seed, place, dtype, graphs and not recipe.densify
-    )
-    # Adjusted weights belong to one group, so that such groups cannot be merged.
-    batches = merged(
-        plan(recipe, ipc=ipc, classes=images.classes),
-        most_images=1 if recipe.ascent_steps else most,
-    )
-    with _deterministic(place):
-        finished = _optimise(run, batches, checkpoint, wanted)
-        return _result(finished, run, ipc)
+    kept = Checkpoint(checkpoint, wanted)
+    run = _Run(recipe, used, images, seed, place, dtype, graphs and not recipe.densify)
+    parts = [(0, ipc)] if student is not None else parts_of(recipe, ipc)
+    with deterministic(place):
+        for first, stop in parts[kept.saved.part :]:
+            judge = None if student is None else placed(student, place)
+            if first:
+                judge = student_of(
+                    kept.saved.earlier, used, recipe, seed=seed, device=place, checkpoint=kept
+                )
+            _optimise_part(run.part(first, stop, judge, kept), most, kept)
+        return _result(kept.saved.earlier, run, ipc)
 
 
 def _check(
@@ -158,7 +164,8 @@ def _class_difference(teacher: Teacher, images: ImageSet) -> str:
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Let CUDA take algorithms whose results are the same in every run."""
     if device.type != "cuda":
         yield
         return
@@ -171,16 +178,36 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 class _Run:
     recipe: Recipe
     teachers: list[Teacher]
-    student: Teacher | None
     images: ImageSet
-    begun: Beginning
     seed: int
     device: torch.device
     dtype: torch.dtype
     graphs: bool
 
+    def part(self, first: int, stop: int, student: Teacher | None, kept: Checkpoint) -> _Part:
+        """Return the work on some ranks; no real image that was used before begins them."""
+        begun = initialise(
+            self.recipe,
+            self.teachers[0],
+            self.images,
+            ipc=stop - first,
+            seed=self.seed,
+            device=self.device,
+            student=student,
+            taken=kept.saved.earlier["sources"].numpy().ravel() if first else None,
+        )
+        return _Part(**vars(self), student=student, begun=begun, first=first)
+
+
+@dataclass(frozen=True)
+class _Part(_Run):
+    student: Teacher | None
+    begun: Beginning
+    first: int
+
     def factory(self) -> Callable[[Sequence[Group]], Batch]:
         """Return what makes the batches; teachers are prepared once, adjusted ones each time."""
+        features = self._features()
         real = [self._real(teacher) for teacher in self.teachers]
         steady = not self.recipe.ascent_steps
         ready = [self._prepared(t, r) for t, r in zip(self.teachers, real, strict=True)]
@@ -198,15 +225,21 @@ class _Run:
                 limits=pixel_range(self.teachers[0].mean, self.teachers[0].std),
                 seed=self.seed,
                 graphs=self.graphs,
+                features=[one[_rows(groups).to(one.device)] for one in features],
             )
 
         return make
 
+    def _features(self) -> list[torch.Tensor]:
+        if not self.recipe.feature_residual:
+            return []
+        sources = self.begun.sources
+        return [source_features(t, self.images, sources, self.device) for t in self.teachers]
+
     def _start(self, groups: Sequence[Group]) -> torch.Tensor:
-        rows = torch.from_numpy(np.stack([group.rows for group in groups]))
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         flat = self.begun.images.flatten(0, 1)
-        return flat[rows.to(flat.device)].to(self.device, wide)
+        return flat[_rows(groups).to(flat.device)].to(self.device, wide)
 
     def _real(self, teacher: Teacher) -> RealStatistics | None:
         recipe = self.recipe
@@ -248,16 +281,30 @@ class _Run:
         return found
 
 
+def _rows(groups: Sequence[Group]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([group.rows for group in groups]))
+
+
+def _optimise_part(run: _Part, most: int, kept: Checkpoint) -> None:
+    """Optimise the images of some ranks, and add them to those that the checkpoint holds."""
+    ipc, classes = len(run.begun.images), run.images.classes
+    # Adjusted weights belong to one group, so that such groups cannot be merged.
+    batches = merged(
+        plan(run.recipe, ipc=ipc, classes=classes, first=run.first),
+        most_images=1 if run.recipe.ascent_steps else most,
+    )
+    earlier = joined(kept.saved.earlier, _optimise(run, batches, kept))
+    kept.write(
+        part=kept.saved.part + 1, earlier=earlier, batch=0, finished={}, state={}, student={}
+    )
+
+
 def _optimise(
-    run: _Run,
-    batches: Sequence[Sequence[Group]],
-    checkpoint: Path | None,
-    wanted: dict[str, Any],
+    run: _Part, batches: Sequence[Sequence[Group]], kept: Checkpoint
 ) -> dict[str, torch.Tensor]:
-    """Return the pixels and last losses of all images."""
-    saved = recover_state.load(checkpoint, wanted) if checkpoint else None
-    saved = saved or Saved(0, _unfinished(run), {})
-    finished, steps = saved.finished, run.recipe.iterations
+    """Return the pixels and last losses of the images of some ranks."""
+    saved = kept.saved
+    finished, steps = saved.finished or _unfinished(run), run.recipe.iterations
     make = run.factory() if steps and saved.batch < len(batches) else None
     work = [steps - batch[0].start for batch in batches]
     done = sum(work[: saved.batch])
@@ -267,38 +314,34 @@ def _optimise(
         for number in range(saved.batch, len(batches)):
             if make is not None:
                 state = saved.state if number == saved.batch else {}
-                keep = _keeper(checkpoint, wanted, number, finished)
+                keep = _keeper(kept, number, finished)
                 _descend(
                     make(batches[number]), batches[number], run, finished, state, keep, advance
                 )
-    if checkpoint:
-        recover_state.save(checkpoint, wanted, Saved(len(batches), finished, {}))
     return finished
 
 
-def _unfinished(run: _Run) -> dict[str, torch.Tensor]:
+def _unfinished(run: _Part) -> dict[str, torch.Tensor]:
     begun = run.begun.images.flatten(0, 1)
     first = run.teachers[0]
     pixels = torch.cat(
         [pixels_of(x, first.mean, first.std).cpu() for x in torch.split(begun, _BATCH)]
     )
     missing = torch.full((len(pixels),), torch.nan)
-    return {"pixels": pixels, "loss": missing, "distance": missing.clone()}
+    sources = torch.from_numpy(run.begun.sources)
+    return {"pixels": pixels, "loss": missing, "distance": missing.clone(), "sources": sources}
 
 
 def _keeper(
-    checkpoint: Path | None,
-    wanted: dict[str, Any],
-    number: int,
-    finished: dict[str, torch.Tensor],
+    kept: Checkpoint, number: int, finished: dict[str, torch.Tensor]
 ) -> Callable[[Batch], None]:
     last = time.monotonic()
 
     def keep(batch: Batch) -> None:
         nonlocal last
-        if checkpoint is None or time.monotonic() - last < _CHECKPOINT_SECONDS:
+        if kept.path is None or time.monotonic() - last < _CHECKPOINT_SECONDS:
             return
-        recover_state.save(checkpoint, wanted, Saved(number, finished, batch.state()))
+        kept.write(batch=number, finished=finished, state=batch.state())
         last = time.monotonic()
 
     return keep
@@ -307,7 +350,7 @@ def _keeper(
 def _descend(
     batch: Batch,
     groups: Sequence[Group],
-    run: _Run,
+    run: _Part,
     finished: dict[str, torch.Tensor],
     state: dict[str, torch.Tensor],
     keep: Callable[[Batch], None],
@@ -342,8 +385,8 @@ def _result(finished: dict[str, torch.Tensor], run: _Run, ipc: int) -> Distilled
         finished["pixels"].permute(0, 2, 3, 1).contiguous().numpy(),
         labels.numpy(),
         (np.arange(n) // classes).astype(np.int32),
-        run.begun.kind,
-        run.begun.ids,
+        np.full(n, run.recipe.begin),
+        names_of(run.images, finished["sources"].numpy()),
         torch.cat(confidence).numpy(),
         finished["loss"].numpy(),
         finished["distance"].numpy(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from curate.errors import FingerprintError, ShardError
 from curate.manifest import atomic_path, digest
 from distill.image_set import ImageSet
+from distill.match_recipes import MatchRecipe
 from distill.recipes import Recipe
 from distill.teacher import Teacher
 
-_FORMAT = "distill-recover/1"
+_FORMAT = "distill-recover/2"
 _SAMPLED = 64
+_KINDS = ("finished", "state", "earlier", "student")
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,60 @@ class Saved:
     Attributes
     ----------
     batch : int
-        Batches that are finished.
+        Batches of this part that are finished.
     finished : dict of str to tensor
-        Results so far.
+        Results of this part so far; empty before its first batch.
     state : dict of str to tensor
         The batch at hand; empty between batches.
+    part : int
+        Parts of the ranks that are finished.
+    earlier : dict of str to tensor
+        Their results.
+    student : dict of str to tensor
+        Weights of the student of this part; empty before it is trained.
     """
 
-    batch: int
-    finished: dict[str, torch.Tensor]
-    state: dict[str, torch.Tensor]
+    batch: int = 0
+    finished: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    part: int = 0
+    earlier: dict[str, torch.Tensor] = field(default_factory=dict)
+    student: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Checkpoint:
+    """The last state that was saved, on disk where there is a path.
+
+    Parameters
+    ----------
+    path : Path, optional
+    wanted : dict
+        What decides the result; see `identity`.
+
+    Raises
+    ------
+    ShardError, FingerprintError
+        See `load`.
+    """
+
+    def __init__(self, path: Path | None, wanted: dict[str, Any]) -> None:
+        self.path, self.wanted = path, wanted
+        self.saved = (load(path, wanted) if path else None) or Saved()
+
+    def write(self, **changes: Any) -> None:
+        """Replace fields of what is saved."""
+        self.saved = replace(self.saved, **changes)
+        if self.path is not None:
+            save(self.path, self.wanted, self.saved)
+
+    @property
+    def beside(self) -> Path | None:
+        """Where a student's training is kept while it lasts."""
+        return self.path and self.path.with_name(f"{self.path.name}.student")
 
 
 def identity(
-    recipe: Recipe,
+    recipe: Recipe | MatchRecipe,
     teachers: list[Teacher],
     student: Teacher | None,
     images: ImageSet,
@@ -68,10 +110,11 @@ def identity(
 
 def save(path: Path, wanted: dict[str, Any], saved: Saved) -> None:
     """Write a checkpoint in place of the last."""
-    tensors = {f"finished.{name}": tensor for name, tensor in saved.finished.items()}
-    tensors |= {f"state.{name}": tensor for name, tensor in saved.state.items()}
+    tensors = {
+        f"{kind}.{name}": tensor for kind in _KINDS for name, tensor in getattr(saved, kind).items()
+    }
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": _FORMAT, "identity": wanted, "batch": saved.batch}
+    header = {"format": _FORMAT, "identity": wanted, "batch": saved.batch, "part": saved.part}
     with atomic_path(path) as temporary:
         save_file(plain, temporary, metadata={"recover": json.dumps(header)})
 
@@ -105,8 +148,8 @@ def load(path: Path, wanted: dict[str, Any]) -> Saved | None:
             f"{path} is the checkpoint of another run; different: {', '.join(different)}. "
             "Remove it, or choose another path"
         )
-    parts: dict[str, dict[str, torch.Tensor]] = {"finished": {}, "state": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
-    return Saved(header["batch"], parts["finished"], parts["state"])
+    return Saved(header["batch"], part=header["part"], **parts)

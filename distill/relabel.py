@@ -16,6 +16,7 @@ from distill.codecs import CodecName
 from distill.distilled_images import DistilledImages
 from distill.label_parts import LabelHeader, batches_per_part
 from distill.label_writer import LabelFiles, LabelWriter, candidates
+from distill.randaugment import RandAugment
 from distill.replay import Source, Viewer
 from distill.soft_labels import SoftLabels
 from distill.teacher import Teacher
@@ -37,6 +38,7 @@ def relabel(
     flip: bool = True,
     mix: MixKind = "cutmix",
     mix_alpha: float | None = None,
+    randaugment: RandAugment | None = None,
     codec: CodecName | Literal["auto"] = "auto",
     top_k: int = 10,
     label_bytes: int | None = None,
@@ -57,7 +59,7 @@ def relabel(
     teachers : Teacher or sequence of Teacher
         Of the same classes in the same order. They stay in evaluation mode: batch norm by running
         statistics, no dropout, so that a label does not depend on its neighbours in the batch.
-    epochs, batch_size, crop, scale, pad, flip, mix, mix_alpha, seed
+    epochs, batch_size, crop, scale, pad, flip, mix, mix_alpha, randaugment, seed
         See `ViewDraw`.
     codec : {"auto", "fp16", "uint8", "top-k", "params"}
         See `distill.codecs`; ``auto`` without a budget is ``fp16``.
@@ -91,6 +93,7 @@ def relabel(
         flip=flip,
         mix=mix,
         mix_alpha=mix_alpha,
+        randaugment=randaugment,
         seed=seed,
     )
     return label_views(
@@ -128,7 +131,7 @@ def label_views(
     """
     size = source.size if view_size is None else view_size
     codecs = candidates(codec, len(source.class_names), top_k)
-    ensemble = Ensemble(source, teachers, size, resolve_device(device))
+    ensemble = Ensemble(source, teachers, size, resolve_device(device), draw.randaugment)
     header = _header(source, ensemble, draw)
     if label_bytes is not None and label_bytes < 1:
         raise ValueError(f"label_bytes is {label_bytes}; it must be at least 1, or None")
@@ -164,6 +167,8 @@ class Ensemble:
     size : int
         Pixels of a side of the views.
     device : torch.device
+    randaugment : RandAugment, optional
+        Of views that have numbers for it.
 
     Raises
     ------
@@ -177,6 +182,7 @@ class Ensemble:
         teachers: Sequence[Teacher] | Teacher,
         size: int,
         device: torch.device,
+        randaugment: RandAugment | None = None,
     ) -> None:
         self.source, self.size, self.device = source, size, device
         self.teachers = (teachers,) if isinstance(teachers, Teacher) else tuple(teachers)
@@ -185,7 +191,7 @@ class Ensemble:
         for teacher in self.teachers:
             _check(teacher, source, size)
         self.sha256 = tuple(teacher.sha256 for teacher in self.teachers)
-        self._viewer = Viewer(source, size, device)
+        self._viewer = Viewer(source, size, device, randaugment)
         self._models = [self._placed(teacher) for teacher in self.teachers]
 
     def __call__(self, views: Views) -> torch.Tensor:
@@ -244,7 +250,10 @@ def attach(
     """
     source = images if isinstance(images, Source) else Source.distilled(images)
     source.check(labels.header)
-    ensemble = Ensemble(source, teachers, labels.header.view_size, resolve_device(device))
+    header = labels.header
+    ensemble = Ensemble(
+        source, teachers, header.view_size, resolve_device(device), header.randaugment
+    )
     if ensemble.sha256 != labels.header.teachers:
         raise ValueError(
             "these are not the teachers that the labels were made with, or not in their order: "
@@ -303,5 +312,7 @@ def _header(source: Source, ensemble: Ensemble, draw: ViewDraw) -> LabelHeader:
         source=source.identity,
         classes_sha256=source.classes_sha256,
         teachers=ensemble.sha256,
+        augment_count=0 if draw.randaugment is None else draw.randaugment.count,
+        augment_magnitude=0.0 if draw.randaugment is None else draw.randaugment.magnitude,
     )
     return replace(header, batches_per_part=batches_per_part(header))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +17,10 @@ from curate.manifest import digest
 from distill.distilled_images import DistilledImages
 from distill.image_set import ImageSet
 from distill.label_parts import LabelHeader
+from distill.randaugment import RandAugment
 from distill.soft_labels import SoftLabels
 from distill.teacher import normalise
-from distill.views import Views, mixed_targets, show
+from distill.views import Augment, Views, mixed_targets, show
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,21 @@ class Viewer:
     size : int
         Pixels of a side of the views.
     device : torch.device
+    randaugment : RandAugment, optional
+        Of views that have numbers for it.
     """
 
-    def __init__(self, source: Source, size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        device: torch.device,
+        randaugment: RandAugment | None = None,
+    ) -> None:
         self.source, self.size, self.device = source, size, device
+        self._augment: Augment | None = None
+        if randaugment is not None:
+            self._augment = partial(randaugment, mean=source.mean, std=source.std)
         self._resident: torch.Tensor | None = None
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -126,7 +139,8 @@ class Viewer:
             taken = self._resident[views.image.to(self.device, non_blocking=True)]
         x = normalise(taken.permute(0, 3, 1, 2), self.source.mean, self.source.std)
         here = replace(views, image=torch.arange(len(views)))
-        return show(x, here, self.size).contiguous(memory_format=torch.channels_last)
+        seen = show(x, here, self.size, self._augment)
+        return seen.contiguous(memory_format=torch.channels_last)
 
 
 class Batch(NamedTuple):
@@ -187,7 +201,8 @@ class ReplayedBatches(IterableDataset[Batch]):
         self.batch_size = labels.header.batch_size if batch_size is None else batch_size
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self._viewer = Viewer(source, labels.header.view_size, self.device)
+        header = labels.header
+        self._viewer = Viewer(source, header.view_size, self.device, header.randaugment)
         self._classes = torch.from_numpy(np.array(source.labels))
 
     def __len__(self) -> int:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from math import cos, pi
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, softmax
 
+from curate.errors import FingerprintError
+from curate.manifest import atomic_path, digest
 from curate.runtime import resolve_device, rng
 from distill.networks import build
-from distill.replay import Batch, ReplayedBatches, Source, Viewer
-from distill.soft_labels import SoftLabels
+from distill.replay import Batch
 from distill.squeeze import Precision
+from distill.student_batches import BatchSource
 from distill.teacher import Teacher
-from distill.view_draw import ViewDraw
-from distill.views import mixed_targets
 
 LabelKind = Literal["soft", "hard"]
 Loss = Literal["kl", "mse+ce"]
 Schedule = Literal["smoothing", "cosine"]
+_CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,82 +109,6 @@ class StudentConfig:
         return self.lr * (1 + cos(pi * step / (zeta * steps))) / 2
 
 
-class BatchSource(Protocol):
-    """What a student trains on: `distill.replay.ReplayedBatches`, or `DrawnBatches`."""
-
-    source: Source
-    batch_size: int
-
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch."""
-        ...
-
-
-class DrawnBatches:
-    """Views drawn as the teachers would be shown them, with hard labels only.
-
-    Parameters
-    ----------
-    source : Source
-    draw : ViewDraw
-        Its batch size is the student's.
-    device : torch.device
-    """
-
-    def __init__(self, source: Source, draw: ViewDraw, device: torch.device) -> None:
-        self.source, self.draw, self.batch_size = source, draw, draw.batch_size
-        self._viewer = Viewer(source, source.size, device)
-        self._classes = torch.from_numpy(source.labels.copy())
-
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch; their logits are empty."""
-        size, classes = self.source.size, len(self.source.class_names)
-        order = self.draw.order(len(self.source), epoch)
-        for number, image in enumerate(torch.split(order, self.batch_size)):
-            views = self.draw.views(image, epoch, number, source=size, size=size)
-            targets = mixed_targets(self._classes, views, classes)
-            where = self._viewer.device
-            yield Batch(
-                self._viewer(views),
-                torch.empty(len(image), 0, device=where),
-                targets.to(where, non_blocking=True),
-            )
-
-
-class HardBatches:
-    """Recorded views with hard labels only: nobody can train on logits of other images.
-
-    Parameters
-    ----------
-    source : Source
-        Images in the places of those that the views were recorded of: as many, of the same size.
-    labels : SoftLabels
-        The views; see `distill.soft_labels`.
-    batch_size : int
-    device : torch.device
-    """
-
-    def __init__(
-        self, source: Source, labels: SoftLabels, *, batch_size: int, device: torch.device
-    ) -> None:
-        header = replace(
-            labels.header,
-            source=source.identity,
-            mean=tuple(source.mean),
-            std=tuple(source.std),
-        )
-        shown = replace(
-            labels, header=header, recompute=lambda v: torch.zeros(len(v), header.classes)
-        )
-        self.source, self.batch_size = source, batch_size
-        self._replayed = ReplayedBatches(source, shown, batch_size=batch_size, device=device)
-
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch; their logits are empty."""
-        for batch in self._replayed.epoch(epoch):
-            yield batch._replace(logits=batch.logits[:, :0])
-
-
 def student_loss(
     z: torch.Tensor, batch: Batch, labels: LabelKind, config: StudentConfig
 ) -> torch.Tensor:
@@ -206,6 +133,7 @@ def train_student(
     size: int,
     seed: int = 0,
     device: str | torch.device = "auto",
+    checkpoint: Path | None = None,
 ) -> Teacher:
     """Train a student; the result is that of the last epoch, whatever any test set says.
 
@@ -226,6 +154,9 @@ def train_student(
         Seed of the weights, and of dropout where the network has it; the order of the images is
         that of the batches.
     device : str or torch.device
+    checkpoint : Path, optional
+        A file that is written after an epoch, about every 30 seconds; a run that finds it goes on
+        from there, to the same weights. Remove it when the student is stored.
 
     Returns
     -------
@@ -236,52 +167,107 @@ def train_student(
     ------
     ValueError
         If no batch would have two images.
+    FingerprintError
+        If the checkpoint is that of another training.
     """
     where = resolve_device(device)
     steps = config.epochs * _steps_per_epoch(batches)
     source = batches.source
+    facts = [asdict(config), network, labels, size, seed, source.identity, batches.batch_size]
     first = int(rng(seed, "student").integers(2**62))
     built = build(network, classes=len(source.class_names), size=size, seed=first)
     model = built.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with _own_stream(first, where):
-        trained = _train(model, batches, config, labels, steps, where)
+        training = _Training(model, config, where, steps, checkpoint, digest(facts))
+        trained = training.run(batches, labels)
     names, mean, std = source.class_names, tuple(source.mean), tuple(source.std)
     return Teacher(trained, network, size, names, mean, std, float("nan"), config.epochs)
 
 
-def _train(
-    model: nn.Module,
-    batches: BatchSource,
-    config: StudentConfig,
-    labels: LabelKind,
-    steps: int,
-    device: torch.device,
-) -> nn.Module:
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
-    )
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    average = None if config.ema is None else _Average(model, config.ema)
-    model.train()
-    step = 0
-    for epoch in range(config.epochs):
-        for batch in batches.epoch(epoch):
-            if len(batch.x) < 2:
-                continue
-            optimizer.param_groups[0]["lr"] = config.rate(step, steps)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                z = model(batch.x)
-            loss = student_loss(z, batch, labels, config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if average is not None:
-                average.add(model, step)
-            step += 1
-    return model if average is None else average.model
+class _Training:
+    """What a training changes, and its steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StudentConfig,
+        device: torch.device,
+        steps: int,
+        checkpoint: Path | None,
+        identity: str,
+    ) -> None:
+        self.model, self.config, self.device, self.steps = model, config, device, steps
+        self.checkpoint, self.identity = checkpoint, identity
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=device.type == "cuda",
+        )
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+        self.average = None if config.ema is None else _Average(model, config.ema)
+        self.step, self.epoch, self.kept = 0, 0, time.monotonic()
+
+    def run(self, batches: BatchSource, labels: LabelKind) -> nn.Module:
+        """Train, from the checkpoint where there is one, to the last epoch."""
+        self.model.train()
+        self._load()
+        while self.epoch < self.config.epochs:
+            for batch in batches.epoch(self.epoch):
+                if len(batch.x) >= 2:
+                    self._descend(batch, labels)
+            self.epoch += 1
+            self._save()
+        return self.model if self.average is None else self.average.model
+
+    def _descend(self, batch: Batch, labels: LabelKind) -> None:
+        self.optimizer.param_groups[0]["lr"] = self.config.rate(self.step, self.steps)
+        with self.autocast:
+            z = self.model(batch.x)
+        loss = student_loss(z, batch, labels, self.config)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.add(self.model, self.step)
+        self.step += 1
+
+    def _save(self) -> None:
+        if self.checkpoint is None or time.monotonic() - self.kept < _CHECKPOINT_SECONDS:
+            return
+        cuda = self.device.type == "cuda"
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.model.state_dict(),
+            "stream": torch.get_rng_state(),
+            "cuda_stream": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+        with atomic_path(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+        self.kept = time.monotonic()
+
+    def _load(self) -> None:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        if state["identity"] != self.identity:
+            raise FingerprintError(
+                f"{self.checkpoint} is the checkpoint of another student (other images, network "
+                "or parameters); remove it, or name another file"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+        torch.set_rng_state(state["stream"])
+        if state["cuda_stream"] is not None:
+            torch.cuda.set_rng_state(state["cuda_stream"], self.device)
+        self.step, self.epoch = state["step"], state["epoch"]
 
 
 class _Average:

@@ -139,6 +139,34 @@ def image_residual(seen: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
     return ((seen - begun) ** 2).mean(dim=(1, 2, 3, 4))
 
 
+def feature_residual(features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return (G,) mean squared differences of (G, B, D) features from their targets."""
+    return ((features - target) ** 2).mean(dim=(1, 2))
+
+
+def flatness(
+    logits: torch.Tensor, past: torch.Tensor, shape: torch.Size, *, temperature: float
+) -> torch.Tensor:
+    """Return (G,) divergences ``KL(softmax(past / T) || softmax(logits / T))``, mean over images.
+
+    Shao et al. 2024 (EDC): `past` is what the teacher says of a moving average of the images. An
+    image that moved into a sharp valley is drawn back to where its average lies. The published
+    code, where it is not commented out, divides by the number of classes too.
+
+    Parameters
+    ----------
+    logits, past : (G * B, C) float
+        The gradient goes through the first alone.
+    shape : (G, B)
+    temperature : float
+        T.
+    """
+    wanted = (past.detach() / temperature).log_softmax(dim=1)
+    found = (logits / temperature).log_softmax(dim=1)
+    each = (wanted.exp() * (wanted - found)).sum(dim=1)
+    return each.view(shape).mean(dim=1)
+
+
 def adversarial(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return (G,) means of ``-log(1 - p_student(label))`` where the teacher is right (CUDD).
 

@@ -31,14 +31,8 @@ from distill.relabel import attach
 from distill.replay import ReplayedBatches, Source
 from distill.soft_labels import SoftLabels
 from distill.squeeze import accuracy
-from distill.students import (
-    BatchSource,
-    DrawnBatches,
-    HardBatches,
-    LabelKind,
-    StudentConfig,
-    train_student,
-)
+from distill.student_batches import BatchSource, DrawnBatches, HardBatches
+from distill.students import LabelKind, StudentConfig, train_student
 from distill.teacher import Teacher
 from distill.validation import Row, Validation
 from distill.view_draw import ViewDraw

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from curate.runtime import rng
+from distill.randaugment import RandAugment
 from distill.views import (
     MIX_KINDS,
     MixKind,
@@ -44,6 +45,8 @@ class ViewDraw:
         One weight, box and permutation for each batch.
     mix_alpha : float, optional
         Of Beta(a, a); 1 for CutMix and 0.8 for mixup by default (Yin et al. 2023, SRe2L).
+    randaugment : RandAugment, optional
+        What else is done to every view; see `distill.randaugment`.
     seed : int
 
     Raises
@@ -60,6 +63,7 @@ class ViewDraw:
     flip: bool = True
     mix: MixKind = "cutmix"
     mix_alpha: float | None = None
+    randaugment: RandAugment | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,5 +113,8 @@ class ViewDraw:
         usual = 0.8 if self.mix == "mixup" else 1.0
         alpha = usual if self.mix_alpha is None else self.mix_alpha
         views = mixed(views, self.mix, alpha, size, generator)
+        if self.randaugment is not None:
+            drawn = torch.randint(2**62, (b,), generator=generator)
+            views = replace(views, augment_seed=drawn)
         # Rounded before use: what is stored is then what the teacher saw, to the last bit.
         return replace(views, mix_weight=float(np.float32(views.mix_weight)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn.functional import grid_sample, one_hot
 
 MixKind = Literal["none", "cutmix", "mixup"]
+Augment = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 MIX_KINDS: tuple[MixKind, ...] = ("none", "cutmix", "mixup")
 
 
@@ -33,6 +35,8 @@ class Views:
         Top, left, height, width of the CutMix box, in pixels of the view.
     mix_weight : float
         Weight of the view's own label; its partner's is the rest.
+    augment_seed : (b,) int64, optional
+        What `distill.randaugment` does to each view, after crop and flip and before mixing.
     """
 
     image: torch.Tensor
@@ -42,6 +46,7 @@ class Views:
     mix_kind: MixKind = "none"
     mix_box: tuple[int, int, int, int] = (0, 0, 0, 0)
     mix_weight: float = 1.0
+    augment_seed: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -156,7 +161,7 @@ def cropped(x: torch.Tensor, crop: torch.Tensor, flip: torch.Tensor, size: int) 
     return seen * inside
 
 
-def show(x: torch.Tensor, views: Views, size: int) -> torch.Tensor:
+def show(x: torch.Tensor, views: Views, size: int, augment: Augment | None = None) -> torch.Tensor:
     """Return the (b, c, size, size) pixels of the views of normalised images ``x[views.image]``.
 
     Parameters
@@ -166,8 +171,19 @@ def show(x: torch.Tensor, views: Views, size: int) -> torch.Tensor:
     views : Views
     size : int
         Pixels of a side of the result.
+    augment : callable, optional
+        Changes views by their `augment_seed`.
+
+    Raises
+    ------
+    ValueError
+        If the views have such seeds and it is not given.
     """
     seen = cropped(x[views.image.to(x.device)], views.crop, views.flip, size)
+    if views.augment_seed is not None:
+        if augment is None:
+            raise ValueError("these views are augmented further, and nobody says how")
+        seen = augment(seen, views.augment_seed)
     if views.mix_kind == "none":
         return seen
     other = seen[views.partner.to(x.device)]

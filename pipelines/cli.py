@@ -132,8 +132,8 @@ def coreset(config: CoresetConfig, *, messages: Messages | None = None) -> int:
 def distill(config: DistillConfig, *, messages: Messages | None = None) -> int:
     """Distill a labelled pool: a few synthetic images per class, with the teacher's soft labels.
 
-    The output folder holds the distilled set (distilled/), which datasets.load_dataset reads, the
-    teachers and the steps between. An interrupted run goes on with the same command.
+    The output folder holds the distilled set (distilled/), which datasets.load_dataset reads,
+    report.html, the teachers and the steps between. The same command continues an interrupted run.
     """
     _set_up(messages)
     if config.dry_run:
@@ -195,7 +195,7 @@ def download(config: DownloadConfig, *, messages: Messages | None = None) -> int
 
 @app.command
 def export(config: ExportConfig, *, messages: Messages | None = None) -> int:
-    """Write what a run kept in the format that the next tool reads."""
+    """Write what a run kept, or distilled, in the format that the next tool reads."""
     _set_up(messages)
     from pipelines.export_formats import run_export
 
@@ -223,15 +223,9 @@ def report(config: ReportConfig, *, messages: Messages | None = None) -> int:
 def explain(config: ExplainConfig, *, messages: Messages | None = None) -> int:
     """Say what happened to rows of a run, and why: one JSON object per uid."""
     _set_up(messages)
-    from curate.errors import PoolError
-    from curate.selection import Selection
+    from pipelines.explaining import explain_rows
 
-    selection = Selection.open(config.run)
-    for uid in config.uid:
-        try:
-            row = selection.explain(uid)
-        except KeyError as error:
-            raise PoolError(error.args[0]) from error
+    for row in explain_rows(config.run, config.uid):
         _write(json.dumps(row, ensure_ascii=False))
     return OK
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from pipelines.config import AT_LEAST_ONE, COUNT, DEFAULT_MAX_PIXELS, PoolConfig
 
-#: Those of `distill.RECIPES`, which cannot be asked here since it loads torch.
+#: Those of `distill.RECIPES` and `distill.MATCH_RECIPES`, which cannot be asked here: they load
+#: torch.
 RECIPE_NAMES = (
     "default",
     "sre2l",
     "cda",
     "g-vbsm",
     "dwa",
+    "cudd",
     "rded",
     "edc",
     "delt",
     "fadrm",
+    "datadam",
+    "dm",
 )
 
 if TYPE_CHECKING:
@@ -29,6 +33,19 @@ if TYPE_CHECKING:
 else:
     RecipeName = Literal[RECIPE_NAMES]
 
+_MOST = 2**62  # torch takes seeds of 64 bits, and teachers and students add to it
+_RANGES = {
+    "ipc": (1, _MOST),
+    "size": (1, _MOST),
+    "squeeze_epochs": (1, _MOST),
+    "iterations": (0, _MOST),
+    "label_epochs": (0, 32_767),  # the numbers of epochs are stored in 16 bits
+    "label_bytes": (1, _MOST),
+    "validate_epochs": (0, _MOST),
+    "seed": (0, _MOST),
+    "workers": (1, _MOST),
+    "max_pixels": (1, _MOST),
+}
 _SHARE = Parameter(validator=Number(gte=0, lte=1))
 _POOL = Group("Pool", sort_key=1)
 _DISTILL = Group("Distillation", sort_key=2)
@@ -45,14 +62,15 @@ class DistillConfig(PoolConfig):
     ----------
     label_col
         Column of classes (numbers or strings). [default: the ClassLabel of the pool, else by name:
-        label, labels, class, target]
+        label, labels, class, target, cls]
     size
         Pixels of a side: larger and smaller images are resized, and cropped to the middle square.
         [default: that of the images, which must then be squares of one size]
     ipc
         Images per class to synthesize.
     method
-        Recipe by which images are recovered.
+        Recipe by which images are recovered. datadam and dm match distributions instead; only the
+        soft labels are the teacher's then.
     network
         Teacher: convnet3, convnet4 or any timm model; may be given several times.
     squeeze_epochs
@@ -112,14 +130,17 @@ class DistillConfig(PoolConfig):
 
     def __post_init__(self) -> None:
         """Check what the types do not say; Python callers come here without the command line."""
-        for name in ("ipc", "squeeze_epochs", "label_bytes", "size"):
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("label_epochs", "validate_epochs", "iterations"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+            if value is not None:  # as int, since the manifest cannot hold NumPy's integers
+                object.__setattr__(self, name, _whole_number(name, value, least, most))
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"max_failed must be a share in [0, 1], got {self.max_failed}")
+        if self.size is not None and self.size**2 > self.max_pixels:
+            raise ValueError(
+                f"--size {self.size} makes images of {self.size**2:,} pixels, more than the "
+                f"{self.max_pixels:,} of --max-pixels"
+            )
         if self.method not in RECIPE_NAMES:
             raise ValueError(
                 f"method must be one of {', '.join(RECIPE_NAMES)}, got {self.method!r}"
@@ -130,3 +151,13 @@ class DistillConfig(PoolConfig):
             raise ValueError(
                 "--validate-epochs needs --test-pool, the images students are judged on"
             )
+
+
+def _whole_number(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+    return int(value)

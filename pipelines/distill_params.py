@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import nn
+
 from curate.errors import PoolError
 from curate.pool import Pool
+from distill.match_recipes import MATCH_RECIPES, MatchRecipe, match_recipe_for
 from distill.networks import build
 from distill.recipes import Recipe, recipe_for
 from pipelines.distill_config import DistillConfig
@@ -30,7 +34,7 @@ class Request:
         In the class order of the pool.
     size : int
         Pixels of a side.
-    recipe : Recipe
+    recipe : Recipe or MatchRecipe
     """
 
     def __init__(self, config: DistillConfig, pool: Pool) -> None:
@@ -39,13 +43,46 @@ class Request:
         self.labels = Labels.read(pool, config.label_col)
         check_classes(self.labels, self.labels.counts, config.ipc)
         self.size = config.size or image_size(pool, config.max_pixels)
-        classes = len(self.labels.names)
-        self.recipe: Recipe = recipe_for(
-            config.method, size=self.size, classes=classes, iterations=config.iterations
-        )
-        for name in config.network:  # a name that is not known, or too small images
-            build(name, classes=classes, size=self.size)
+        self.recipe = self._recipe()
+        self._check_networks()
         self.test = None if config.test_pool is None else self._test(config.test_pool)
+
+    def _recipe(self) -> Recipe | MatchRecipe:
+        config, size = self.config, self.size
+        if config.method in MATCH_RECIPES:
+            return match_recipe_for(
+                config.method, size=size, ipc=config.ipc, iterations=config.iterations
+            )
+        classes = len(self.labels.names)
+        return recipe_for(config.method, size=size, classes=classes, iterations=config.iterations)
+
+    def _check_networks(self) -> None:
+        """Show each network an image now, rather than after the pool has been decoded."""
+        recipe, names = self.recipe, self.config.network
+        for name in names:
+            self._network(name)
+        if isinstance(recipe, MatchRecipe):
+            self._network(recipe.network)
+        elif recipe.iterations and recipe.statistics:
+            for name in names if recipe.round_robin else names[:1]:
+                if not any(isinstance(m, nn.BatchNorm2d) for m in self._network(name).modules()):
+                    raise ValueError(
+                        f"--network {name} has no batch norm, whose statistics --method "
+                        f"{recipe.name} matches; use another network, or --method rded"
+                    )
+
+    def _network(self, name: str) -> nn.Module:
+        size = self.size
+        network = build(name, classes=len(self.labels.names), size=size)
+        try:
+            with torch.inference_mode():
+                network.eval()(torch.zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"--network {name} does not take images of {size} x {size} pixels ({error}); use "
+                "another network, or a larger --size"
+            ) from error
+        return network
 
     def _test(self, name: str) -> tuple[Pool, Labels]:
         config = self.config

@@ -27,6 +27,8 @@ from curate.runtime import resolve_device
 from distill.distilled import DistilledSet
 from distill.distilled_images import DistilledImages
 from distill.image_set import ImageSet
+from distill.match_recipes import MatchRecipe
+from distill.matching import match
 from distill.recover import recover
 from distill.relabel import relabel
 from distill.soft_labels import SoftLabels
@@ -38,6 +40,8 @@ from pipelines.distill_params import Request
 from pipelines.labelled_images import check_unusable, decode_pool, open_images
 from pipelines.outputs import check_out, default_out, with_paths
 from pipelines.pool_labels import Labels, check_classes
+from pipelines.report_distill_pictures import keep_beginnings
+from pipelines.reporting import REPORT, write_report
 from pipelines.source import open_pool, pool_path
 
 logger = logging.getLogger(__name__)
@@ -90,6 +94,8 @@ def run_distill(config: DistillConfig, opened: Pool | None = None) -> Path:
     """Distill as the configuration says, and return the output folder; see `distill_pool`."""
     resolve_device(config.device)  # a wrong one is told before hours of work, not after
     request = Request(config, opened or open_pool(config))
+    if request.test is not None and request.test[0].fingerprint() == request.pool.fingerprint():
+        logger.warning("--test-pool is --pool: accuracies on training images say little")
     out = config.out or default_out(config.pool, "distilled")
     check_out(config.pool, out)
     with locked(out):
@@ -116,6 +122,7 @@ def describe_run(out: Path) -> str:
         f"{manifest['size']} x {manifest['size']}, {sizes['images']:,} bytes",
         f"labels      {manifest['label_epochs']} epochs of views, {sizes['labels']:,} bytes",
         f"result      {out / 'distilled'}",
+        f"report      {out / REPORT}",
     ]
     table = out / "validation" / "table.md"
     if manifest["params"]["validate_epochs"]:
@@ -144,6 +151,9 @@ class _Distillation:
         labels = self.relabel(images, teachers)
         distilled = DistilledSet(images, labels, self.provenance(step, teachers))
         distilled.write(self.folder / "distilled", overwrite=True)
+        keep_beginnings(
+            self.folder, train, teachers, recipe=self.request.recipe, seed=self.config.seed
+        )
         if test is not None and self.config.validate_epochs:
             self.validate(distilled, train, test[1], teachers)
         self.finish(step, teachers, labels)
@@ -212,30 +222,43 @@ class _Distillation:
         self, teachers: Sequence[Teacher], train: ImageSet, images: StepFolder
     ) -> DistilledImages:
         """Synthesize the images, or read what an interrupted run has made."""
-        folder, config = self.folder / "recovered", self.config
+        folder, config, recipe = self.folder / "recovered", self.config, self.request.recipe
+        asked = {} if isinstance(recipe, MatchRecipe) else _hashes(teachers)
         step = open_step(
             folder,
             step="recover",
             step_version=1,
-            params={"recipe": asdict(self.request.recipe), "ipc": config.ipc, "seed": config.seed},
-            inputs={"images": images.fingerprint, **_hashes(teachers)},
+            params={"recipe": asdict(recipe), "ipc": config.ipc, "seed": config.seed},
+            inputs={"images": images.fingerprint, **asked},
             overwrite=True,
         )
         checkpoint = folder / "checkpoint.safetensors"
         if not (step.complete and (folder / "set" / "images").exists()):
-            found = recover(
-                teachers,
-                train,
-                ipc=config.ipc,
-                method=self.request.recipe,
-                seed=config.seed,
-                device=config.device,
-                checkpoint=checkpoint,
-            )
+            found = self.synthesized(teachers, train, checkpoint)
             DistilledSet(found, None, {}).write(folder / "set", overwrite=True)
             step.finish()
         checkpoint.unlink(missing_ok=True)
         return DistilledSet.open(folder / "set").images
+
+    def synthesized(
+        self, teachers: Sequence[Teacher], train: ImageSet, checkpoint: Path
+    ) -> DistilledImages:
+        """Recover images from the teachers or, by a matching method, without them."""
+        recipe, config = self.request.recipe, self.config
+        ipc, seed, device = config.ipc, config.seed, config.device
+        if isinstance(recipe, MatchRecipe):
+            return match(
+                train, ipc=ipc, method=recipe, seed=seed, device=device, checkpoint=checkpoint
+            )
+        return recover(
+            teachers,
+            train,
+            ipc=ipc,
+            method=recipe,
+            seed=seed,
+            device=device,
+            checkpoint=checkpoint,
+        )
 
     def relabel(self, images: DistilledImages, teachers: Sequence[Teacher]) -> SoftLabels | None:
         """Ask the teachers about views of the images."""
@@ -326,9 +349,9 @@ class _Distillation:
     def finish(
         self, images: StepFolder, teachers: Sequence[Teacher], labels: SoftLabels | None
     ) -> None:
-        """Write the manifest."""
+        """Write the manifest and the report."""
         distilled = read_manifest(self.folder / "distilled") or {}
-        self.step.finish(
+        self.step.record(
             pool={"path": self.config.pool, "mapping": asdict(self.request.pool.mapping)},
             rows=images.manifest["rows"],
             counts=images.manifest["counts"],
@@ -343,6 +366,8 @@ class _Distillation:
                 "python": platform.python_version(),
             },
         )
+        write_report(self.folder)
+        self.step.finish()
 
 
 def _hashes(teachers: Sequence[Teacher]) -> dict[str, str]:
@@ -356,4 +381,5 @@ def _is_whole(out: Path, config: DistillConfig) -> bool:
     parts = ["images"] + (["labels"] if config.label_epochs else [])
     whole = manifest is not None and bool(manifest["complete"]) and (folder / "README.md").exists()
     whole = whole and all(any((folder / part).glob("train-*.parquet")) for part in parts)
+    whole = whole and (out / REPORT).exists()
     return whole and (not config.validate_epochs or (out / "validation" / "table.md").exists())

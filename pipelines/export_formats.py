@@ -19,6 +19,7 @@ from curate.errors import PoolError
 from curate.manifest import StepFolder, atomic_path, locked, open_step
 from curate.progress import task
 from curate.shards import missing_parts, part_path, write_parquet, write_part
+from pipelines.distilled_rows import is_distilled
 from pipelines.executor import LocalExecutor
 from pipelines.kept_rows import KeptRows
 from pipelines.url_list import command_line, img2dataset_arguments, url_columns
@@ -26,7 +27,7 @@ from pipelines.webdataset_export import check_images, write_tars
 
 logger = logging.getLogger(__name__)
 
-To = Literal["parquet", "webdataset", "datacomp", "img2dataset", "uids"]
+To = Literal["parquet", "webdataset", "datacomp", "img2dataset", "uids", "image-folder"]
 
 #: As img2dataset and DataComp do.
 SAMPLES_PER_TAR = 10_000
@@ -45,7 +46,7 @@ class Exported:
     to : str
         The format.
     rows : int
-        Kept rows of the run.
+        Kept rows of the run, or its distilled images.
     written : int
         Samples or entries in the export; fewer than `rows` where rows have no image, more where a
         weight repeats a row.
@@ -61,6 +62,8 @@ class Exported:
 
     def summary(self) -> str:
         """Return it as text for a terminal."""
+        if self.to == "image-folder":
+            return "\n".join([f"{self.to:<11} {self.path} ({self.written:,} images)", *self.notes])
         head = f"{self.to:<11} {self.path} ({self.written:,} of {self.rows:,} kept rows)"
         if self.written > self.rows:
             head = f"{self.to:<11} {self.path} ({self.written:,} entries, {self.rows:,} kept rows)"
@@ -76,15 +79,16 @@ def run_export(
     workers: int = 1,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the kept rows of a run in another format.
+    """Write the kept rows of a run, or its distilled images, in another format.
 
     Parameters
     ----------
     run : str or Path
-        A folder that `curate prune` wrote.
-    to : {"parquet", "webdataset", "datacomp", "img2dataset", "uids"}
+        A folder that `curate prune`, `curate coreset` or `curate distill` wrote.
+    to : {"parquet", "webdataset", "datacomp", "img2dataset", "uids", "image-folder"}
         Parquet shards (the run's own ``pool/``, or hard links to it); tars for streaming; the
         subset file of DataComp's resharder; a list of addresses for img2dataset; the uids alone.
+        Of `curate distill`: PNG files in a folder for each class.
     out : str or Path, optional
         Where to write; ``RUN/export-TO`` if not given.
     samples_per_tar : int
@@ -101,8 +105,8 @@ def run_export(
     Raises
     ------
     PoolError
-        If `run` is not a run, or its rows lack what the format needs: images, addresses, uids of
-        32 hexadecimal digits.
+        If `run` is not a run, or not of the kind that the format is for, or its rows lack what the
+        format needs: images, addresses, uids of 32 hexadecimal digits.
     ShardError
         If the run is not complete, or its parts do not belong together.
     FingerprintError
@@ -115,6 +119,16 @@ def run_export(
     if samples_per_tar < 1 or workers < 1:
         raise ValueError(
             f"samples_per_tar and workers must be at least 1, got {samples_per_tar} and {workers}"
+        )
+    _check_out(Path(run), out)
+    if to == "image-folder":
+        from pipelines.export_distilled import export_images  # it loads torch
+
+        return export_images(Path(run), out, overwrite=overwrite)
+    if is_distilled(Path(run)):
+        raise PoolError(
+            f"{run} is a run of curate distill, whose images are no rows of the pool: --to {to} "
+            "does not apply. Use --to image-folder; its distilled/ holds Parquet already"
         )
     rows = KeptRows.open(run)
     if to == "parquet" and out is None:
@@ -267,6 +281,12 @@ class _Export:
             write_parquet(temporary, pa.concat_tables(tables))
         count = sum(table.num_rows for table in tables)
         return Exported(out, self.to, count, count)
+
+
+def _check_out(run: Path, out: str | Path | None) -> None:
+    """Refuse a folder that --overwrite would empty of the run itself."""
+    if out is not None and run.resolve().is_relative_to(Path(out).resolve()):
+        raise PoolError(f"--out {out} holds the run itself; choose another folder")
 
 
 def _in_place(rows: KeptRows) -> Exported:

@@ -20,13 +20,13 @@ class ReportConfig:
     Attributes
     ----------
     run
-        Folder that curate prune or curate coreset wrote.
+        Folder that curate prune, curate coreset or curate distill wrote.
     examples
-        Example images per cluster and reason.
+        Example images per cluster and reason, or per class of a distilled set. [default: 6, or 10]
     """
 
     run: Path
-    examples: Annotated[int, Parameter(validator=Number(gte=0, lte=12))] = 6
+    examples: Annotated[int | None, Parameter(validator=Number(gte=0, lte=12))] = None
 
 
 @Parameter(name="*")
@@ -37,9 +37,9 @@ class ExplainConfig:
     Attributes
     ----------
     run
-        Folder that curate prune or curate coreset wrote.
+        Folder that curate prune, curate coreset or curate distill wrote.
     uid
-        The row's uid; may be given several times.
+        The row's uid, or the image_id of a distilled image; may be given several times.
     """
 
     run: Path
@@ -49,15 +49,16 @@ class ExplainConfig:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write the kept rows of a run in another format.
+    """Write the kept rows of a run, or its distilled images, in another format.
 
     Attributes
     ----------
     run
-        Folder that curate prune or curate coreset wrote.
+        Folder that curate prune, curate coreset or curate distill wrote.
     to
-        parquet (the run's pool/, or hard links to it), webdataset (tars that open_clip streams),
-        datacomp (subset.npy for its resharder), img2dataset (a list of addresses), or uids.
+        Of prune and coreset: parquet (the run's pool/, or hard links to it), webdataset (tars that
+        open_clip streams), datacomp (subset.npy for its resharder), img2dataset (a list of
+        addresses), or uids. Of distill: image-folder (PNG files in a folder for each class).
     out
         Output folder. [default: RUN/export-TO; for parquet RUN/pool, which is there already]
     samples_per_tar
@@ -69,7 +70,7 @@ class ExportConfig:
     """
 
     run: Path
-    to: Literal["parquet", "webdataset", "datacomp", "img2dataset", "uids"]
+    to: Literal["parquet", "webdataset", "datacomp", "img2dataset", "uids", "image-folder"]
     out: Path | None = None
     samples_per_tar: Annotated[int, AT_LEAST_ONE] = 10_000
     workers: Annotated[int, AT_LEAST_ONE] = 1

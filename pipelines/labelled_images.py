@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -19,22 +24,33 @@ from PIL import Image, ImageOps
 from curate.errors import FailedRowsError, PoolError, ShardError
 from curate.images import Decoded, decode
 from curate.manifest import StepFolder, atomic_path, digest, open_step
-from curate.pool import Pool
-from curate.progress import task
-from curate.shards import write_parquet
+from curate.pool import Pool, Shard
+from curate.progress import Advance, task
+from curate.shards import missing_parts, read_part, write_parquet, write_part
 from distill.image_set import ImageSet
 from pipelines.executor import LocalExecutor
-from pipelines.indexing import index_pool, read_uids
+from pipelines.indexing import index_pool
 from pipelines.outputs import default_out
 from pipelines.pool_labels import Labels
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 256
+_SPLITS = {"train", "training", "test", "validation", "valid", "val", "dev", "eval"}
+_PIXELS, _ROWS = "pixels.npy", "rows.parquet"
+_SCHEMA = pa.schema(
+    {
+        "uid": pa.string(),
+        "label": pa.int64(),
+        "kept": pa.bool_(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+    }
+)
 
 
 def check_images(pool: Pool, name: str) -> None:
-    """Check that a pool holds images.
+    """Check that a pool holds images; warn if it looks like training and test files together.
 
     Raises
     ------
@@ -46,6 +62,22 @@ def check_images(pool: Pool, name: str) -> None:
             out = default_out(name, "images")
             hint = f"download them first: curate download --pool {name} --out {out}"
         raise PoolError(f"{name} holds no images; {hint}")
+    files = [file.name for file in pool.source.files]
+    splits = {split: file for file in reversed(files) if (split := _split_of(file))}
+    if len(splits) > 1:
+        one = re.sub(r"\d[^/]*(?=\.)", "*", splits.get("train", files[0]))
+        logger.warning(
+            "%s holds files of several splits (%s) and all of them are taken; a glob takes one: %r",
+            name,
+            ", ".join(sorted(splits)),
+            f"{pool.source.root}/{one}",
+        )
+
+
+def _split_of(file: str) -> str | None:
+    """Return the split that a file belongs to by its name or folder, as Hugging Face reads it."""
+    words = [re.split(r"[-_.]", part)[0].lower() for part in Path(file).parts]
+    return next((word for word in words if word in _SPLITS), None)
 
 
 def image_size(pool: Pool, max_pixels: int) -> int:
@@ -85,6 +117,7 @@ def decode_pool(
 
     The folder holds ``pixels.npy``, (n, size, size, 3) uint8, and ``rows.parquet`` with the uid,
     class and fate of every row of the pool; those that are ``kept`` are the images, in their order.
+    A run that was stopped goes on after the last shard that it finished.
 
     Parameters
     ----------
@@ -120,27 +153,25 @@ def decode_pool(
         inputs={"pool": pool.fingerprint()},
         overwrite=True,
     )
-    pixels, rows = folder / "pixels.npy", folder / "rows.parquet"
-    if step.complete and pixels.exists() and rows.exists():
-        return step
-    index_pool(pool, index, executor=LocalExecutor(), overwrite=True)
-    one = partial(_square, size=size, resize=resize, max_pixels=max_pixels)
-    fates: list[tuple[str, str]] = []
-    with (
-        atomic_path(pixels) as temporary,
-        temporary.open("wb") as file,
-        ThreadPoolExecutor(workers) as threads,
-    ):
-        _stream(pool, labels.numbers, one, threads, file, size, fates)
-    with atomic_path(rows) as temporary:
-        write_parquet(temporary, _rows(read_uids(pool, index), labels, fates))
-    counts = Counter(status for status, _ in fates)
-    step.finish(
-        rows=len(pool),
-        size=size,
-        counts={status: counts[status] for status in sorted(counts)},
-        class_names=list(labels.names),
-    )
+    pixels, rows, parts = folder / _PIXELS, folder / _ROWS, folder / "parts"
+    if not (pixels.exists() and rows.exists()):
+        index_pool(pool, index, executor=LocalExecutor(), overwrite=True)
+        one = partial(_sized, size=size, resize=resize, max_pixels=max_pixels)
+        with ThreadPoolExecutor(workers) as threads:
+            _Decoding(pool, labels, size, index, folder, parts).run(partial(threads.map, one))
+        with atomic_path(rows) as temporary:  # the last file: where it is, the pixels are whole
+            found = (read_part(parts, shard.index) for shard in pool.shards)
+            batches = (batch for table in found for batch in table.to_batches())
+            write_parquet(temporary, batches, schema=_SCHEMA)
+    shutil.rmtree(parts, ignore_errors=True)
+    if not step.complete:
+        counts = Counter(pq.read_table(rows, columns=["reason"])["reason"].to_pylist())
+        step.finish(
+            rows=len(pool),
+            size=size,
+            counts={status: counts[status] for status in sorted(counts)},
+            class_names=list(labels.names),
+        )
     return step
 
 
@@ -154,11 +185,11 @@ def open_images(step: StepFolder) -> ImageSet:
     PoolError
         If a class has no image.
     """
-    path = step.path / "rows.parquet"
+    path = step.path / _ROWS
     try:
         rows = pq.read_table(path)
         # Copy-on-write, not read-only: torch warns about tensors that it may not write to.
-        pixels = np.load(step.path / "pixels.npy", mmap_mode="c", allow_pickle=False)
+        pixels = np.load(step.path / _PIXELS, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError, pa.ArrowException) as error:
         raise ShardError(
             f"{step.path} is damaged ({error}); remove it and run the same command again"
@@ -188,77 +219,118 @@ def check_unusable(step: StepFolder, max_failed: float) -> None:
     if unusable > max_failed * rows:
         raise FailedRowsError(
             f"{unusable:,} of {rows:,} rows cannot be used ({said}), more than --max-failed "
-            f"{max_failed} allows; {step.path / 'rows.parquet'} says why"
+            f"{max_failed} allows; {step.path / _ROWS} says why"
         )
 
 
-def _square(data: bytes | None, *, size: int, resize: bool, max_pixels: int) -> Decoded:
+def _sized(data: bytes | None, *, size: int, resize: bool, max_pixels: int) -> Decoded:
     found = decode(data, max_pixels=max_pixels)
-    if found.image is None or found.image.size == (size, size):
+    if found.image is None or found.image.size == (size, size) or not resize:
         return found
-    if not resize:
-        raise PoolError(
-            f"one image is {found.image.width} x {found.image.height} and others are "
-            f"{size} x {size} pixels; pass --size to resize all of them"
-        )
     image = ImageOps.fit(found.image, (size, size), Image.Resampling.BICUBIC)
     return Decoded(image, "ok")
 
 
-def _stream(
-    pool: Pool,
-    numbers: NDArray[np.int64],
-    one: Any,
-    threads: ThreadPoolExecutor,
-    file: BinaryIO,
-    size: int,
-    fates: list[tuple[str, str]],
-) -> None:
-    """Write the pixels as they come, and how many there are into the header at the end."""
-    start = _header(file, 0, size)
-    count = row = 0
-    with task("decode", total=len(pool), unit="images") as advance:
-        for data, details in _samples(pool):
-            labelled = numbers[row : row + len(data)] >= 0
-            wanted = [value if has else None for value, has in zip(data, labelled, strict=True)]
-            decoded = threads.map(one, wanted)
-            for found, has, detail in zip(decoded, labelled, details, strict=True):
+@dataclass(frozen=True)
+class _Decoding:
+    """Writes pixels one after another, and after each shard the fates of its rows.
+
+    A shard whose part of fates is there has all of its pixels on disk; what a killed run wrote
+    behind them is cut off.
+    """
+
+    pool: Pool
+    labels: Labels
+    size: int
+    index: Path
+    folder: Path
+    parts: Path
+
+    def run(self, decoded: Callable[[Iterable[bytes | None]], Iterator[Decoded]]) -> None:
+        """Decode what is missing; `decoded` maps files to images."""
+        pixels, unfinished = self.folder / _PIXELS, self.folder / "pixels.partial"
+        if pixels.exists():  # renamed by a run that was killed before it wrote the rows
+            pixels.replace(unfinished)
+        shards = self.pool.shards
+        first = next(iter(missing_parts(self.parts, len(shards))), len(shards))
+        kept = sum(self._kept(number) for number in range(first))
+        with unfinished.open("r+b" if unfinished.exists() else "w+b") as file:
+            start, each = _header(file, 0, self.size), self.size**2 * 3
+            if file.seek(0, os.SEEK_END) < start + kept * each:
+                first = kept = 0  # the file of an unfinished run was removed
+            file.truncate(start + kept * each)
+            file.seek(0, os.SEEK_END)
+            done = sum(shard.rows for shard in shards[:first])
+            with task("decode", total=len(self.pool), unit="images", done=done) as advance:
+                for shard in shards[first:]:
+                    kept += self._shard(shard, decoded, file, advance)
+            if _header(file, kept, self.size) != start:
+                raise ShardError("the header of pixels.npy did not keep its length")
+            _to_disk(file)
+        unfinished.replace(pixels)
+
+    def _kept(self, shard: int) -> int:
+        return int(pc.sum(read_part(self.parts, shard, ["kept"])["kept"]).as_py() or 0)
+
+    def _shard(
+        self,
+        shard: Shard,
+        decoded: Callable[[Iterable[bytes | None]], Iterator[Decoded]],
+        file: BinaryIO,
+        advance: Advance,
+    ) -> int:
+        """Write the pixels of a shard, then the fates of its rows; return how many are kept."""
+        numbers = self.labels.numbers[shard.first_row : shard.first_row + shard.rows]
+        fates: list[tuple[str, str]] = []
+        for batch in self.pool.samples(shard, rows=_BATCH):
+            labelled = numbers[len(fates) : len(fates) + len(batch)] >= 0
+            files, details = batch["image"].to_pylist(), batch["detail"].to_pylist()
+            wanted = [data if has else None for data, has in zip(files, labelled, strict=True)]
+            for found, has, detail in zip(decoded(wanted), labelled, details, strict=True):
                 if not has:
                     fates.append(("no_label", "the row has no class"))
                     continue
-                fates.append((found.status, detail or found.detail))
                 if found.image is not None:
-                    file.write(np.asarray(found.image, dtype=np.uint8).tobytes())
-                    count += 1
-            row += len(data)
-            advance(len(data))
-    file.seek(0)
-    if _header(file, count, size) != start:
-        raise ShardError("the header of pixels.npy did not keep its length")
+                    file.write(self._pixels(found.image, shard.first_row + len(fates)))
+                fates.append((found.status, detail or found.detail))
+            advance(len(batch))
+        _to_disk(file)
+        uids = read_part(self.index, shard.index, ["uid"])["uid"]
+        write_part(self.parts, shard.index, _rows(uids, numbers, fates))
+        return sum(status == "ok" for status, _ in fates)
+
+    def _pixels(self, image: Image.Image, row: int) -> bytes:
+        if image.size != (self.size, self.size):
+            raise PoolError(
+                f"the image of row {row:,} is {image.width} x {image.height} and others are "
+                f"{self.size} x {self.size} pixels; pass --size to resize all of them"
+            )
+        return np.asarray(image, dtype=np.uint8).tobytes()
 
 
-def _samples(pool: Pool) -> Iterator[tuple[list[bytes | None], list[str | None]]]:
-    for shard in pool.shards:
-        for batch in pool.samples(shard, rows=_BATCH):
-            yield batch["image"].to_pylist(), batch["detail"].to_pylist()
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _header(file: BinaryIO, images: int, size: int) -> int:
     """Write the head of a .npy file; numpy leaves room in it for the first axis to grow."""
+    file.seek(0)
     shape = (images, size, size, 3)
     facts = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, facts)
     return file.tell()
 
 
-def _rows(uids: pa.ChunkedArray, labels: Labels, fates: list[tuple[str, str]]) -> pa.Table:
+def _rows(
+    uids: pa.ChunkedArray, numbers: NDArray[np.int64], fates: list[tuple[str, str]]
+) -> pa.Table:
     status = [status for status, _ in fates]
-    return pa.table(
-        {
-            "uid": uids.combine_chunks().cast(pa.string()),
-            "label": pa.array(labels.numbers, pa.int64(), mask=labels.numbers < 0),
-            "kept": [one == "ok" for one in status],
-            "reason": status,
-            "detail": pa.array([detail or None for _, detail in fates], pa.string()),
-        }
-    )
+    columns = [
+        uids.combine_chunks().cast(pa.string()),
+        pa.array(numbers, pa.int64(), mask=numbers < 0),
+        pa.array([one == "ok" for one in status], pa.bool_()),
+        pa.array(status, pa.string()),
+        pa.array([detail or None for _, detail in fates], pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, schema=_SCHEMA)

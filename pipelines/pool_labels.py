@@ -19,7 +19,8 @@ from curate.pool import Pool
 
 logger = logging.getLogger(__name__)
 
-_LABEL_NAMES = ("label", "labels", "class", "target")
+_LABEL_NAMES = ("label", "labels", "class", "target", "cls")  # cls: WebDataset
+_EXACT = 2.0**53  # floats from here on stand for several whole numbers
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,17 @@ def _class_labels(pool: Pool) -> dict[str, list[str]]:
     """Return the class names of the columns that Hugging Face's metadata calls ClassLabel."""
     try:
         described = json.loads((pool.schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = described["info"]["features"]
-        return {
-            name: [str(one) for one in feature["names"]]
-            for name, feature in features.items()
-            if feature.get("_type") == "ClassLabel" and name in pool.columns
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        features = dict(described["info"]["features"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return {
+        name: [str(one) for one in feature["names"]]
+        for name, feature in features.items()
+        if isinstance(feature, dict)  # lists of features are described by lists
+        and feature.get("_type") == "ClassLabel"
+        and isinstance(feature.get("names"), list)
+        and name in pool.columns
+    }
 
 
 def _label_column(pool: Pool, given: str | None, described: dict[str, list[str]]) -> str:
@@ -152,11 +156,7 @@ def _label_column(pool: Pool, given: str | None, described: dict[str, list[str]]
 def _as_classes(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     kind = values.type
     if pt.is_floating(kind):  # pandas makes floats of whole numbers with gaps
-        numbers = values.cast(pa.float64()).to_numpy()
-        there = numbers[np.isfinite(numbers)]
-        if np.array_equal(there, np.rint(there)):
-            whole = [None if x != x else int(x) for x in numbers.tolist()]
-            return pa.chunked_array([pa.array(whole, pa.int64())])
+        return _whole_numbers(values, name)
     text = pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind)
     if not (pt.is_integer(kind) or pt.is_boolean(kind) or text):
         raise PoolError(
@@ -165,15 +165,31 @@ def _as_classes(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     return values
 
 
+def _whole_numbers(values: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    numbers = values.cast(pa.float64()).to_numpy()
+    missing = np.isnan(numbers)
+    wrong = ~missing & ((np.abs(numbers) >= _EXACT) | (numbers != np.rint(numbers)))
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise PoolError(
+            f"--label-col {name} has type {values.type} and row {row:,} holds {numbers[row]}; "
+            "classes are whole numbers or strings, one per row"
+        )
+    whole = np.where(missing, 0, numbers).astype(np.int64)
+    return pa.chunked_array([pa.array(whole, mask=missing)])
+
+
 def _by_name(
     values: pa.ChunkedArray, listed: list[str], column: str
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Return numbers into the listed names; -1 is how Hugging Face writes a hidden class."""
-    numbers: NDArray[np.int64] = values.fill_null(-1).to_numpy().astype(np.int64)
+    # Unsigned columns cannot hold the -1; numbers too large for int64 become negative ones.
+    signed = values.cast(pa.int64(), safe=False).fill_null(-1)
+    numbers: NDArray[np.int64] = signed.to_numpy()
     if numbers.max(initial=-1) >= len(listed) or numbers.min(initial=0) < -1:
         wrong = int(np.flatnonzero((numbers >= len(listed)) | (numbers < -1))[0])
         raise PoolError(
-            f"--label-col {column}: row {wrong:,} has class {numbers[wrong]}, but the pool's "
+            f"--label-col {column}: row {wrong:,} has class {values[wrong]}, but the pool's "
             f"metadata names {len(listed)} classes, 0 to {len(listed) - 1}"
         )
     if len(set(listed)) < len(listed):

@@ -109,7 +109,7 @@ def histogram_chart(
     ]
     if data.mark is not None and x.low <= data.mark <= x.high:
         parts += _vertical_mark(float(x.place(data.mark)), mark_label)
-    return _svg(name, title, parts)
+    return svg(name, title, parts)
 
 
 def _bars(name: str, left: Floats, right: Floats, low: Floats, high: Floats) -> str:
@@ -137,7 +137,7 @@ def curve_chart(
     points = zip(across.place(x), up.place(y), strict=True)
     path = "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
     parts = [*_frame(across, up, x_label, y_label), f'<path class="curve" d="M{path}"/>']
-    return _svg(name, title, [*parts, _base_line()])
+    return svg(name, title, [*parts, _base_line()])
 
 
 def _vertical_mark(x: float, label: str) -> list[str]:
@@ -176,7 +176,7 @@ def kept_by_size_chart(size: NDArray[np.int64], kept: NDArray[np.int64], *, name
     if lane:
         parts.append(_lane(y.start, lane))
     parts += [*_lines(x, y, lines), *_marks(x.place(size), places), _base_line()]
-    return _svg(name, "Rows kept of each cluster against the rows it has", parts)
+    return svg(name, "Rows kept of each cluster against the rows it has", parts)
 
 
 def share_by_complexity_chart(
@@ -198,7 +198,7 @@ def share_by_complexity_chart(
         *_lines(x, y, [line]),
         _base_line(),
     ]
-    return _svg(name, "Kept share of each cluster against its complexity", parts)
+    return svg(name, "Kept share of each cluster against its complexity", parts)
 
 
 def binned(count: int) -> bool:
@@ -330,10 +330,11 @@ def funnel_chart(bars: Sequence[FunnelBar], *, name: str) -> str:
                 f'<rect class="second" x="{min(start + 1, WIDTH - width):.1f}" y="{top + 20}" '
                 f'width="{width:.1f}" height="14"/>'
             )
-    return _svg(name, "Rows left after each stage", parts, height=46 * len(bars) - 6)
+    return svg(name, "Rows left after each stage", parts, height=46 * len(bars) - 6)
 
 
-def _svg(name: str, title: str, parts: Sequence[str], height: int = _HEIGHT) -> str:
+def svg(name: str, title: str, parts: Sequence[str], height: int = _HEIGHT) -> str:
+    """Return a chart of its parts; `name` is an identifier, unique on the page."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}-title">'
         f'<title id="{name}-title">{escape(title)}</title>{"".join(parts)}</svg>'

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,41 +68,58 @@ def render(
             clusters_section(figures.clusters, examples),
         ]
     sections = [
-        _header(summary),
+        header(
+            summary.step,
+            summary.headline,
+            manifest=summary.manifest,
+            fingerprint=summary.fingerprint,
+            warnings=summary.warnings,
+        ),
         _stages_section(summary),
         *middle,
         reasons_section(examples, summary.counts),
         _footer(summary),
     ]
+    return page(summary.headline, sections)
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """Return a whole HTML file; it can load nothing but its own style and pictures."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{attribute(summary.headline)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{attribute(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
 
 
-def _header(summary: RunSummary) -> str:
-    pool = pool_record(summary.manifest)
+def header(
+    step: str,
+    headline: str,
+    *,
+    manifest: Mapping[str, Any],
+    fingerprint: str,
+    warnings: Sequence[str] = (),
+) -> str:
+    """Return the head of a page: what happened, with which parameters, from what."""
+    pool = pool_record(manifest)
     source = {"pool": pool.get("path"), **(pool.get("mapping") or {})}
     source |= {"image root": pool.get("image_root"), "pool fingerprint": pool.get("fingerprint")}
-    source |= {"run fingerprint": summary.fingerprint, "clusters": summary.manifest.get("clusters")}
-    source |= dict(summary.manifest.get("environment", {}))
-    source |= dict(summary.manifest.get("versions", {}))
-    warnings = "".join(
-        f'<p class="warning"><b>Warning.</b> {safe(warning, 600)}</p>'
-        for warning in summary.warnings
+    source |= {"run fingerprint": fingerprint, "clusters": manifest.get("clusters")}
+    source |= dict(manifest.get("environment", {}))
+    source |= dict(manifest.get("versions", {}))
+    said = "".join(
+        f'<p class="warning"><b>Warning.</b> {safe(warning, 600)}</p>' for warning in warnings
     )
     params = {
-        str(name).replace("_", " "): value
-        for name, value in summary.manifest.get("params", {}).items()
+        str(name).replace("_", " "): value for name, value in manifest.get("params", {}).items()
     }
     return (
-        f'<header>\n<p class="over">curate {safe(summary.step)} · report</p>\n'
-        f"<h1>{safe(summary.headline)}</h1>\n{warnings}\n"
+        f'<header>\n<p class="over">curate {safe(step)} · report</p>\n'
+        f"<h1>{safe(headline)}</h1>\n{said}\n"
         f'<div class="pair">{facts_table("Parameters", params)}'
         f"{facts_table('Input and software', source)}</div>\n</header>"
     )

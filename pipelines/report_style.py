@@ -8,12 +8,12 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --paper: #fdfdfb; --ink: #1c1e21; --muted: #5a5f66; --rule: #dcdcd6; --panel: #f3f3ee;
-  --first: #0072b2; --second: #e69f00; --mark: #1c1e21;
+  --first: #0072b2; --second: #e69f00; --third: #8a9098; --mark: #1c1e21;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14161a; --ink: #e3e4e6; --muted: #9ba1a9; --rule: #2f343b; --panel: #1c1f24;
-    --first: #4ba6dd; --second: #d99a1c; --mark: #f2f2f2;
+    --first: #4ba6dd; --second: #d99a1c; --third: #767d87; --mark: #f2f2f2;
   }
 }
 * { box-sizing: border-box; }
@@ -57,6 +57,7 @@ figcaption b { color: var(--ink); font-weight: 600; }
   margin-right: 0.4em; }
 .key.one::before { background: var(--first); }
 .key.two::before { background: var(--second); }
+.key.three::before { background: var(--third); }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: inherit; font-size: 12px; fill: var(--muted); }
 svg .label { fill: var(--ink); }
@@ -64,6 +65,9 @@ svg .strong { font-weight: 600; }
 svg .number { font-variant-numeric: tabular-nums; }
 svg .first { fill: var(--first); }
 svg .second { fill: var(--second); }
+svg .third { fill: var(--third); }
+svg .point { fill: var(--paper); stroke: var(--mark); stroke-width: 1; }
+svg .whisker { fill: none; stroke: var(--mark); stroke-width: 1.6; }
 svg .dots { fill: var(--first); fill-opacity: 0.7; }
 svg .curve { fill: none; stroke: var(--first); stroke-width: 1.8; stroke-linejoin: round; }
 svg .track { fill: var(--panel); }
@@ -95,6 +99,17 @@ dd { margin: 0; font-variant-numeric: tabular-nums; }
 .tile .caption { display: -webkit-box; margin-top: 0.3rem; max-height: 5.4em; overflow: hidden;
   color: var(--ink); -webkit-box-orient: vertical; -webkit-line-clamp: 4; }
 .tile .code { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr));
+  gap: 0.9rem 0.6rem; margin: 0; padding: 0; list-style: none; }
+.images .tile img, .images .tile .blank { height: auto; aspect-ratio: 1; margin-bottom: 2px; }
+.images .small-image { image-rendering: pixelated; }
+.wide { min-width: 46rem; overflow-wrap: break-word; }
+.stack > * + * { margin-top: 1.6rem; }
+.scores { margin-top: 0.5rem; }
+h3 .muted { font-weight: 400; }
+details { margin-top: 1.6rem; }
+summary { cursor: pointer; }
+pre { margin: 0 0 0.8rem; padding: 0.7rem 0.9rem; overflow-x: auto; background: var(--panel); }
 footer { margin-top: 3rem; padding-top: 0.8rem; border-top: 1px solid var(--rule);
   font-size: 0.8rem; }
 @media (max-width: 46rem) {

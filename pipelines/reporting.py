@@ -95,7 +95,7 @@ def summarise(run: Path) -> RunSummary:
     run = Path(run)
     manifest = _read_manifest(run / NAME)
     if manifest.get("step") == "distill":
-        raise PoolError(f"{run} is a run of curate distill, of which there is no report yet")
+        raise PoolError(f"{run} is a run of curate distill, which keeps no rows and has no ledger")
     try:
         stages = tuple(
             StageCounts(
@@ -234,7 +234,7 @@ def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(joined).rstrip()
 
 
-def write_report(run: Path, *, examples: int = 6, pool: Pool | None = None) -> Path:
+def write_report(run: Path, *, examples: int | None = None, pool: Pool | None = None) -> Path:
     """Write ``report.html`` into a run folder, whole or not at all.
 
     The file needs nothing but itself: no scripts, fonts or pictures from elsewhere. It holds no
@@ -243,9 +243,10 @@ def write_report(run: Path, *, examples: int = 6, pool: Pool | None = None) -> P
     Parameters
     ----------
     run : Path
-        A run folder, as `curate prune` and `curate coreset` write it.
-    examples : int
-        Most rows in each strip of example rows, 0 to 12.
+        A run folder, as `curate prune`, `curate coreset` and `curate distill` write it.
+    examples : int, optional
+        Most rows in each strip of example rows, or images of each class of a distilled set, 0 to
+        12; by default 6 rows, or 10 images.
     pool : Pool, optional
         The pool that the run read; opened from where the manifest says it lies if not given. If
         it cannot be read any more, the report has a note in place of pictures.
@@ -258,17 +259,29 @@ def write_report(run: Path, *, examples: int = 6, pool: Pool | None = None) -> P
     Raises
     ------
     ShardError
-        As `summarise`.
+        As `summarise`; for a distilled set, if it is missing or damaged.
     ValueError
         If `examples` is out of range.
     """
+    run = Path(run)
+    path, manifest = run / REPORT, _read_manifest(run / NAME)
+    if manifest.get("step") == "distill":
+        from pipelines.report_distill import distill_report
+
+        text = distill_report(run, manifest, examples=examples)
+    else:
+        text = _ledger_report(run, 6 if examples is None else examples, pool)
+    atomic_write_bytes(path, text.encode())
+    return path
+
+
+def _ledger_report(run: Path, examples: int, pool: Pool | None) -> str:
     from pipelines.report_coreset import collect_choice
     from pipelines.report_examples import MOST_EXAMPLES, collect_examples
     from pipelines.report_page import render
 
     if not 0 <= examples <= MOST_EXAMPLES:
         raise ValueError(f"examples is {examples}; it must be from 0 to {MOST_EXAMPLES}")
-    run = Path(run)
     summary = summarise(run)
     epsilon = summary.manifest.get("params", {}).get("epsilon")
     figures = collect_figures(
@@ -278,6 +291,4 @@ def write_report(run: Path, *, examples: int = 6, pool: Pool | None = None) -> P
     )
     shown = collect_examples(run, summary, figures.clusters, count=examples, pool=pool)
     choice = collect_choice(run, summary.kept) if summary.step == "coreset" else None
-    path = run / REPORT
-    atomic_write_bytes(path, render(summary, figures, shown, choice).encode())
-    return path
+    return render(summary, figures, shown, choice)

@@ -1,26 +1,44 @@
 from __future__ import annotations
 
+import os
+
+# As the command does, before torch is loaded: tests share their cores with other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import io
 import itertools
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
-
-# As the command does, before torch is loaded: tests share their cores with other programs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 MakePool = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small products on many threads of a busy machine mostly wait for each other.
+
+    And a float32 sum depends on how many threads make it, which tests of equal bytes must not see.
+    """
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def back_to_one_thread() -> Iterator[None]:
+    """Undo what a test of several threads has set."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pipelines
 from curate.selection import Selection
 from pipelines.cli import app
 from tests.conftest import REPOSITORY, embedded_table, image_table
+from tests.pipelines.distilled_run import TINY, toy
 
 README = (REPOSITORY / "README.md").read_text()
 RESULTS = (REPOSITORY / "tests" / "benchmarks" / "RESULTS.md").read_text()
@@ -34,6 +35,8 @@ def test_python(tmp_path: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
     embedding = embedded_table(len(table), duplicates=0.0)["embedding"]
     pq.write_table(table.append_column("embedding", embedding), "laion.parquet")
     pipelines.prune("laion.parquet", keep=0.28)
+    pool = toy(tmp_path / "toy.parquet", 8)
+    pipelines.distill_pool(pool, ipc=1, out="cifar10-distilled", **TINY)
     model = f'encoder="{tiny_clip}", pretrained="none"'
     x = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
     for code in blocks("python"):

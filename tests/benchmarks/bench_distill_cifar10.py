@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     train = images(options.data / "cifar10-train.parquet", options.rows, options.size)
     test = images(options.data / "cifar10-test.parquet", options.test_rows, options.size)
     done = {(r["method"], r["ipc"], r["seed"]) for r in lines(options.out)}
-    names = options.methods or [RANDOM, CORESET, *distill.RECIPES]
+    names = options.methods or [RANDOM, CORESET, *distill.RECIPES, *distill.MATCH_RECIPES]
     for seed in options.seeds:
         missing = [(n, ipc) for n in names for ipc in options.ipc if (n, ipc, seed) not in done]
         if not missing:
@@ -121,6 +121,10 @@ def synthesized(
         if name == RANDOM:
             return random_subset(train, like, seed=seed)
         return coreset_subset(train, penultimate(teacher, train), like, method="herding")
+    if name in distill.MATCH_RECIPES:
+        # A step sees a batch of real images of every class: half as many take as long.
+        half = max(iterations // 2, 1) if iterations else None
+        return distill.match(train, ipc=ipc, method=name, iterations=half, seed=seed)
     if name == "rded":
         iterations = None  # it has none
     return distill.recover([teacher], train, ipc=ipc, method=name, iterations=iterations, seed=seed)

@@ -6,14 +6,6 @@ from coreset.cal import cal
 from tests.references.cal_reference import cal as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(n=60, d=4, classes=3, seed=0):
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(n, d)).astype(np.float32)

@@ -13,14 +13,6 @@ from tests.references.contextual_reference import greedy, matrix
 FLOOR = 1e-8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def predictions(n=60, classes=4, seed=0, concentration=0.5):
     return np.random.default_rng(seed).dirichlet(np.full(classes, concentration), size=n)
 

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,14 +10,6 @@ from coreset.gradients import LastLayerGradients
 from tests.coreset.toy import toy
 from tests.references import craig_reference as reference
 from tests.references.gradients_reference import materialised
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(n=50, classes=3, seed=0, **options):

@@ -15,14 +15,6 @@ from coreset.indexed import WithIndex
 from tests.references import crest_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def data(n=300, d=4, classes=3, seed=0):
     rng = np.random.default_rng(seed)
     y = np.arange(n) % classes

@@ -6,14 +6,6 @@ from coreset.deepfool import deepfool, deepfool_model
 from tests.references.deepfool_reference import distances as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def problem(n=50, d=5, classes=4, seed=0):
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(n, d)).astype(np.float32)

@@ -8,14 +8,6 @@ from coreset.density import d2
 from tests.references.density_reference import d2 as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(n=80, d=5, seed=0):
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(4, d))[np.arange(n) % 4] + 0.4 * generator.normal(size=(n, d))

@@ -16,14 +16,6 @@ VALUES = {disparity_sum: reference.disparity_sum, disparity_min: reference.dispa
 STEPS = {disparity_sum: disparity_sum_steps, disparity_min: disparity_min_steps}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(n, d=4, seed=0, lattice=False):
     x = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
     return np.round(x) + 0.5 if lattice else x

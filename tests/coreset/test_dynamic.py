@@ -19,14 +19,6 @@ from tests.conftest import REPOSITORY
 from tests.references.infobatch_reference import full_epochs, lloyd, low_rows, merged
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def losses_of(n, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).exponential(size=n)).float()
 

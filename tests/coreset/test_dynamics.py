@@ -1,20 +1,11 @@
 import numpy as np
 import pytest
-import torch
 
 from coreset import dynamics, scores
 from coreset.score_store import ScoreRecorder, ScoreStore
 from tests.references import dynamics_reference as reference
 
 N, C, EPOCHS = 40, 3, 14
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def training(seed=0):

@@ -13,14 +13,6 @@ from tests.references import submodular_reference as reference
 KINDS = ("cosine", "dot", "euclidean")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(n, d=5, seed=0, lattice=False):
     x = np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
     if lattice:

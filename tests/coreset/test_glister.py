@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,14 +7,6 @@ from coreset.glister import glister
 from coreset.gradients import LastLayerGradients
 from tests.references import glister_reference as reference
 from tests.references.gradients_reference import materialised, softmax
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(n=40, m=15, classes=3, d=4, seed=0, **options):

@@ -13,14 +13,6 @@ from coreset.gradients import LastLayerGradients
 from tests.references.gradients_reference import materialised, per_example, softmax
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def problem(n=40, classes=4, d=5, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, d)).astype(np.float32)

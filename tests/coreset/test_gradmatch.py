@@ -12,14 +12,6 @@ from tests.references import gradmatch_reference as reference
 from tests.references.gradients_reference import materialised
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def made(n=50, classes=3, seed=0, features=True, **options):
     inputs = toy(n, classes=classes, seed=seed)
     x = inputs["features"] if features else None

@@ -8,14 +8,6 @@ from coreset.herding import herding, herding_steps
 from tests.references.herding_reference import herding as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(n=60, d=5, seed=0, dtype=np.float32):
     return (np.random.default_rng(seed).gamma(1.5, size=(n, d)) + 2).astype(dtype)
 

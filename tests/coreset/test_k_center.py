@@ -14,15 +14,6 @@ from coreset.k_center_robust import k_center_robust
 from tests.references.k_center_reference import farthest_first, optimum
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on many threads of a busy machine mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gaussian(n=400, d=16, seed=0):
     return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
 

@@ -14,14 +14,6 @@ from coreset.label_errors import (
 from tests.references import label_errors_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def noisy(n=300, classes=4, noise=0.2, seed=0):
     """Predictions of a fair model, and labels some of which were flipped."""
     generator = np.random.default_rng(seed)

@@ -20,14 +20,6 @@ NESTED = [name for name in NAMES if coreset.METHODS[name].nested]
 FEATURES = [name for name in NAMES if coreset.METHODS[name].needs[0] == "features"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     return _inputs(toy(N, classes=CLASSES), tmp_path_factory.mktemp("store"))

@@ -10,14 +10,6 @@ from coreset.milo import MiloSampler, disparity_order, stochastic_graph_cut, tay
 from tests.references import milo_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def features(n=60, d=5, seed=0):
     return np.random.default_rng(seed).normal(size=(n, d))
 

@@ -8,14 +8,6 @@ from coreset.moderate import moderate
 from tests.references import moderate_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(n=60, d=5, seed=0, classes=3):
     generator = np.random.default_rng(seed)
     labels = generator.integers(classes, size=n)

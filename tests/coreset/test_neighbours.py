@@ -10,14 +10,6 @@ from coreset.neighbours import balls, nearest, nearest_of_another
 from tests.references import neighbours_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(n=200, d=6, seed=0, mean=0.0, dtype=np.float32):
     return (np.random.default_rng(seed).normal(size=(n, d)) + mean).astype(dtype)
 

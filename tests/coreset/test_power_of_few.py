@@ -7,14 +7,6 @@ from coreset.base import Coreset
 from coreset.power_of_few import broadcast_weights, learn_weights, power_of_few
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def clouds(n=300, seed=0, noise=0.3):
     rng = np.random.default_rng(seed)
     centers = 2 * rng.normal(size=(3, 8))

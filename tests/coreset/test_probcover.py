@@ -10,14 +10,6 @@ from coreset.representatives import cluster_rows
 from tests.references import probcover_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(n=80, d=6, seed=0, classes=4):
     generator = np.random.default_rng(seed)
     centers = 4 * generator.normal(size=(classes, d))

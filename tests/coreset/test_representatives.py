@@ -8,14 +8,6 @@ from coreset.features import Features
 from coreset.representatives import cluster_rows, kmeans
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(n=200, d=6, seed=0, classes=6):
     generator = np.random.default_rng(seed)
     centers = 4 * generator.normal(size=(classes, d))

@@ -8,14 +8,6 @@ from coreset.selecting import select
 from tests.references import sas_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(n, d=4, seed=0):
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(n, d)) + rng.normal(size=d)).astype(np.float32)

@@ -12,14 +12,6 @@ from tests.references import dynamics_reference as reference
 N, C, D, EPOCHS = 30, 4, 5, 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def training(seed=0, epochs=EPOCHS):
     generator = np.random.default_rng(seed)
     logits = 2 * generator.normal(size=(epochs, N, C)).astype(np.float32)

@@ -8,14 +8,6 @@ from coreset.set_cover import set_cover, set_cover_steps
 from tests.references import submodular_reference as reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows(n, d=3, seed=0):
     return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
 

@@ -8,15 +8,6 @@ from curate.dedup import MODES, duplicate_evidence, find_duplicates, threshold_d
 from tests.references import dedup_reference
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on many threads of a busy machine mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def unit(a):
     return a / np.linalg.norm(a, axis=1, keepdims=True)
 

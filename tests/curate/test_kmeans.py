@@ -12,15 +12,6 @@ from curate.runtime import row_keys
 from curate.unit_rows import mixed_keys, unit_centroids
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products on many threads of a busy machine mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def unit(a):
     return a / np.linalg.norm(a, axis=1, keepdims=True)
 

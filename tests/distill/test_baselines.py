@@ -24,14 +24,6 @@ from tests.references.herding_reference import herding
 NAMES = ("cat", "dog", "owl")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def real(n: int = 40, *, size: int = 8, names=NAMES, seed: int = 0) -> ImageSet:
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % len(names))

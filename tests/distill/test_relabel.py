@@ -23,14 +23,6 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SMALL = {"epochs": 3, "batch_size": 4, "device": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def distilled_images(
     ipc: int = 3, *, size: int = SIZE, names: tuple[str, ...] = ("cat", "dog", "owl"), seed: int = 0
 ) -> DistilledImages:

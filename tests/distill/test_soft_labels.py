@@ -18,14 +18,6 @@ from distill.views import mixed_targets
 from tests.distill.test_relabel import SIZE, SMALL, distilled_images, make_teacher
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def images():
     return distilled_images()

@@ -10,14 +10,6 @@ from distill.squeeze import accuracy, squeeze
 from distill.teacher import Teacher, normalise, pixel_range, pixels_of
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def stripes(n: int = 24, size: int = 8, classes: int = 2, seed: int = 0) -> ImageSet:
     """Classes that differ in the direction and colour of their stripes."""
     rng = np.random.default_rng(seed)

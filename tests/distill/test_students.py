@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
+from curate.errors import FingerprintError
 from distill import students
 from distill.distilled_images import DistilledImages
 from distill.image_set import ImageSet
@@ -14,13 +15,8 @@ from distill.networks import ConvNet, build
 from distill.relabel import relabel
 from distill.replay import Batch, ReplayedBatches, Source
 from distill.squeeze import accuracy
-from distill.students import (
-    DrawnBatches,
-    HardBatches,
-    StudentConfig,
-    student_loss,
-    train_student,
-)
+from distill.student_batches import DrawnBatches, HardBatches
+from distill.students import StudentConfig, student_loss, train_student
 from distill.teacher import Teacher
 from distill.view_draw import ViewDraw
 from distill.views import mixed_targets
@@ -28,14 +24,6 @@ from tests.distill.test_relabel import distilled_images, make_teacher
 from tests.distill.test_squeeze import stripes
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -350,3 +338,42 @@ def test_drawn_batches_are_a_function_of_the_epoch():
 def test_values_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         StudentConfig(**{"epochs": 1, **wrong})
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_check_k_stopped_and_continued_is_never_stopped(tmp_path, monkeypatch, after, ema):
+    """Dropout's stream, the moving average and Adam go on where they stood."""
+    path, options = tmp_path / "student.pt", {"network": "dropout", "epochs": 3, "ema": ema}
+    config = StudentConfig(epochs=3, ema=ema)
+
+    def go(**others):
+        return train_student(
+            recorded(), "dropout", config, labels="soft", size=8, device="cpu", **others
+        )
+
+    wanted = train(recorded(), **options).sha256
+    monkeypatch.setattr(students, "_CHECKPOINT_SECONDS", 0.0)
+    original, saves = students._Training._save, []
+
+    def dies(self):
+        original(self)
+        saves.append(1)
+        if len(saves) == after:
+            raise KilledError
+
+    before = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(students._Training, "_save", dies)
+        with pytest.raises(KilledError):
+            go(checkpoint=path)
+    assert go(checkpoint=path).sha256 == wanted
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(students._Training, "_descend", None)  # a finished one takes no step
+    assert go(checkpoint=path).sha256 == wanted
+    with pytest.raises(FingerprintError, match="of another student"):
+        go(checkpoint=path, seed=1)

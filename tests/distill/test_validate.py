@@ -32,12 +32,8 @@ def narrow(name, *, classes, size, seed=0):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def small_networks(monkeypatch):
     monkeypatch.setattr(students, "build", narrow)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def named(images: ImageSet, names=NAMES, prefix: str = "img") -> ImageSet:
@@ -50,7 +46,6 @@ TRAIN, TEST = named(stripes(48)), named(stripes(40, seed=1), prefix="test")
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    torch.set_num_threads(1)
     model = narrow("convnet3", classes=2, size=8)
     mean, std = TRAIN.moments()
     made = Teacher(model, "convnet3", 8, NAMES, mean, std, 0.9, 1)
@@ -79,7 +74,6 @@ def run(distilled, teacher, **options) -> Validation:
 
 @pytest.fixture(scope="module")
 def whole(distilled, teacher) -> Validation:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(students, "build", narrow)
         return run(distilled, teacher, networks=("convnet3", "convnet2"), without_augmentation=True)
