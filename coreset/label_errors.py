@@ -263,10 +263,10 @@ def _joint(p: Probabilities, y: Labels) -> Labels:
 
 def _counts(joint: Labels, sizes: Labels) -> Labels:
     """Return how many rows of label i are of class j: rows sum to the sizes, by remainder."""
-    shares = joint / joint.sum(axis=1, keepdims=True) * sizes[:, None]
-    counts = np.floor(shares + 1e-9).astype(np.int64)
+    # In whole numbers, where equal remainders are equal.
+    counts, rest = np.divmod(joint * sizes[:, None], joint.sum(axis=1, keepdims=True))
     short = sizes - counts.sum(axis=1)
-    rank = np.argsort(np.argsort(counts - shares, axis=1, kind="stable"), axis=1, kind="stable")
+    rank = np.argsort(np.argsort(-rest, axis=1, kind="stable"), axis=1, kind="stable")
     counts += rank < short[:, None]
     out: Labels = counts
     return out

@@ -31,9 +31,9 @@ def errors(p, y):
     found = set()
     for i in range(p.shape[1]):
         rows = [r for r in range(len(p)) if y[r] == i]
-        shares = [len(rows) * c / sum(counts[i]) for c in counts[i]]
-        whole = [math.floor(s + 1e-9) for s in shares]
-        by_rest = sorted(range(len(shares)), key=lambda j: -(shares[j] - whole[j]))
+        total = int(sum(counts[i]))
+        whole = [len(rows) * int(c) // total for c in counts[i]]
+        by_rest = sorted(range(len(whole)), key=lambda j: -(len(rows) * int(counts[i][j]) % total))
         for j in by_rest[: len(rows) - sum(whole)]:
             whole[j] += 1
         flagged = set()
