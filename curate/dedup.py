@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from curate.clusters import check_clusters
-from curate.nearest import Evidence, RankedRows, later
+from curate.nearest import Each, Evidence, RankedRows, later
 from curate.spanning import components
+from curate.threads import in_threads, one_by_one
 from curate.unit_rows import Rows, RowSource, exact_cosine, full_float32, on_grid, row_identity
 
 MODES = ("max-earlier", "connected-components", "greedy")
+# Epsilons above 0.2 are rare: they take images that people tell apart at once for the same.
+LEAST_SIMILARITY = 0.8
 
 
 def find_duplicates(
@@ -25,6 +29,7 @@ def find_duplicates(
     mode: str = "max-earlier",
     priority: NDArray[np.float64] | None = None,
     keys: NDArray[np.uint64] | None = None,
+    least_similarity: float | None = None,
     device: str | torch.device = "auto",
     block_bytes: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -55,6 +60,8 @@ def find_duplicates(
         Rows of higher priority stay; NaN comes last. ``-cosine_distance`` keeps the easiest.
     keys : (n,) uint64, optional
         What identifies each row, and orders rows of equal priority; default the row's number.
+    least_similarity : float, optional
+        As for `duplicate_evidence`; default 0.8, or 1 - ``epsilon`` if that is less.
     device : str or torch.device
         Where to compute.
     block_bytes : int, optional
@@ -68,7 +75,7 @@ def find_duplicates(
         ``"greedy"``: the most similar kept row ranked before.
     cosine_similarity : (n,) float32
         The evidence, on multiples of 2^-23: for ``"max-earlier"`` and ``"connected-components"``
-        that of `duplicate_evidence`, from which any other epsilon follows. ``"greedy"`` is not
+        that of `duplicate_evidence`, from which other epsilons follow. ``"greedy"`` is not
         monotone in epsilon: its evidence, the largest similarity to a kept row ranked before,
         holds for this epsilon only. NaN where there is no row to compare to.
 
@@ -85,6 +92,12 @@ def find_duplicates(
     array([-1,  0, -1])
     """
     threshold = _threshold(epsilon)
+    least = min(LEAST_SIMILARITY, threshold) if least_similarity is None else least_similarity
+    if least > threshold:
+        raise ValueError(
+            f"least_similarity is {least}; rows are duplicates above 1 - epsilon = {threshold}, so "
+            "it must not be above that"
+        )
     if _mode(mode) != "greedy":
         nearest, evidence = duplicate_evidence(
             x,
@@ -93,6 +106,7 @@ def find_duplicates(
             mode=mode,
             priority=priority,
             keys=keys,
+            least_similarity=least,
             device=device,
             block_bytes=block_bytes,
         )
@@ -111,10 +125,11 @@ def duplicate_evidence(
     mode: str = "max-earlier",
     priority: NDArray[np.float64] | None = None,
     keys: NDArray[np.uint64] | None = None,
+    least_similarity: float = LEAST_SIMILARITY,
     device: str | torch.device = "auto",
     block_bytes: int | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return what makes each row a duplicate, for every epsilon at once.
+    """Return what makes each row a duplicate, for many an epsilon at once.
 
     Parameters
     ----------
@@ -123,13 +138,17 @@ def duplicate_evidence(
     mode : {"max-earlier", "connected-components"}
         Whom a row is compared to. The components of every epsilon come from one maximum spanning
         tree per cluster (Boruvka, 1926), merged from its most similar edge down (Kruskal, 1956).
+    least_similarity : float
+        For ``"max-earlier"``, evidence below it is not looked for: what is found serves every
+        epsilon up to 1 - ``least_similarity``. -1 finds the nearest row of all, which takes
+        several times as long.
 
     Returns
     -------
     nearest_earlier : (n,) int64
         ``"max-earlier"``: the most similar row ranked before, the first one among equals.
         ``"connected-components"``: the first row of the set of rows into which the row's own set
-        merges when the row stops being the first of its set. -1 if there is none.
+        merges when the row stops being the first of its set. -1 if there is none so similar.
     cosine_similarity : (n,) float32
         The similarity to that row, or at which the sets merge: the row is a duplicate if it is
         above 1 - epsilon. On multiples of 2^-23; NaN if there is none.
@@ -144,9 +163,12 @@ def duplicate_evidence(
     >>> x = np.eye(2, dtype=np.float32)[[0, 1, 0]]
     >>> zero = np.zeros(3)
     >>> duplicate_evidence(x, zero.astype(np.int32), zero.astype(np.float32), device="cpu")[1]
-    array([nan,  0.,  1.], dtype=float32)
+    array([nan, nan,  1.], dtype=float32)
     """
-    methods = {"max-earlier": _max_earlier, "connected-components": components}
+    methods: dict[str, Callable[[RankedRows], Evidence]] = {
+        "max-earlier": partial(_max_earlier, least=least_similarity),
+        "connected-components": components,
+    }
     if _mode(mode) not in methods:
         raise ValueError(
             f"mode {mode!r} has no evidence that holds for every epsilon; use 'max-earlier' or "
@@ -164,7 +186,7 @@ def threshold_duplicates(
     epsilon: float = 0.05,
     mode: str = "max-earlier",
 ) -> NDArray[np.int64]:
-    """Return the duplicates at one epsilon from the evidence that holds for all.
+    """Return the duplicates at one epsilon from the evidence that holds for many.
 
     Parameters
     ----------
@@ -251,30 +273,32 @@ def _per_cluster(
 ) -> Evidence:
     nearest = np.full(rows.n, -1, dtype=np.int64)
     evidence = np.full(rows.n, np.nan, dtype=np.float32)
-    with full_float32():
+
+    def work(members: NDArray[np.int64], each: Each) -> None:
+        ranks, similarity = method(RankedRows(rows, members, each))
+        nearest[members] = np.where(ranks >= 0, members[ranks], -1)
+        evidence[members] = similarity
+
+    most = rows.block_rows(0)
+    with full_float32(), in_threads(rows.device) as each:
+        # Small clusters side by side; the blocks of a large one.
+        each(partial(work, each=one_by_one), [c for c in clusters if len(c) <= most])
         for members in clusters:
-            ranks, similarity = method(RankedRows(rows, members))
-            nearest[members] = np.where(ranks >= 0, members[ranks], -1)
-            evidence[members] = similarity
+            if len(members) > most:
+                work(members, each)
     return nearest, evidence
 
 
-def _max_earlier(ranked: RankedRows) -> Evidence:
+def _max_earlier(ranked: RankedRows, least: float) -> Evidence:
     every = np.arange(ranked.size)
-    # Small tiles, so that little is computed above the diagonal of the earlier triangle.
-    parts = [
-        ranked.best(tile, every[: tile[-1]], later)
-        for tile in ranked.tiles(every, ranked.query_rows)
-    ]
-    return np.concatenate([ranks for ranks, _ in parts]), np.concatenate([s for _, s in parts])
+    return ranked.best(every, every, later, least)
 
 
 def _greedy(ranked: RankedRows, threshold: float) -> Evidence:
     nearest = np.full(ranked.size, -1, dtype=np.int64)
     evidence = np.full(ranked.size, np.nan, dtype=np.float32)
     kept = np.zeros(ranked.size, dtype=np.bool_)
-    # Half tiles: here the products inside a tile are float64.
-    for tile in ranked.tiles(np.arange(ranked.size), ranked.query_rows // 2):
+    for tile in ranked.tiles(np.arange(ranked.size)):
         before = np.flatnonzero(kept[: tile[0]])
         nearest[tile], evidence[tile] = ranked.best(tile, before, later)
         wide = ranked.read(tile).double()

@@ -84,8 +84,9 @@ def _spanning_tree(ranked: RankedRows) -> Edges:
     return similar, low, high
 
 
-def _same_set(name: Ranks, queries: Ranks, columns: Ranks) -> NDArray[np.bool_]:
-    return np.asarray(name[queries][:, None] == name[columns][None, :])
+def _same_set(name: Ranks, queries: Ranks, columns: Ranks) -> NDArray[np.bool_] | bool:
+    same = np.asarray(name[queries][:, None] == name[columns][None, :])
+    return True if same.all() else same
 
 
 def _best_edges(

@@ -79,11 +79,16 @@ class Rows:
         """Return how many rows fit a block when each also fills that many float32 products."""
         return max(1, self.block_bytes // (24 * self.d + 8 * columns))
 
-    def blocks(self, columns: int, *, check: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the first row's index and the float32 rows of every block, in row order."""
-        step = self.block_rows(columns)
-        for start in range(0, self.n, step):
-            yield start, self.read(slice(start, min(start + step, self.n)), check=check)
+    @property
+    def query_rows(self) -> int:
+        """Rows of a tile of products: just large enough for fast ones, and in a core's cache."""
+        return min(1024 if self.device.type == "cpu" else 8192, self.block_rows(0))
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of a tile of products."""
+        most = 512 if self.device.type == "cpu" else 8192
+        return max(1, min(most, self.block_bytes // (16 * self.query_rows)))
 
     def read(self, rows: slice | NDArray[np.int64], *, check: bool = False) -> torch.Tensor:
         """Return float32 rows on the device, on the 2^-26 grid; `check` that they are unit.
@@ -95,12 +100,19 @@ class Rows:
         ValueError
             If a row is not finite or not of length 1.
         """
-        block = _as_tensor(self._take(rows))
+        return self.widen(self.raw(rows), rows if check else None)
+
+    def raw(self, rows: slice | NDArray[np.int64]) -> torch.Tensor:
+        """Return rows as they are stored, where they are stored."""
+        return _as_tensor(self._take(rows))
+
+    def widen(self, block: torch.Tensor, check: slice | NDArray[np.int64] | None) -> torch.Tensor:
+        """Return stored rows as `read` does; `check` names them if they are to be checked."""
         if not block.dtype.is_floating_point:
             raise TypeError(f"x has dtype {block.dtype}; use float16, float32 or float64 rows")
         wide = block.to(self.device).float()
-        if check:
-            _check_unit(wide, rows)
+        if check is not None:
+            _check_unit(wide, check)
         if block.dtype != torch.float16:  # whose values lie on the grid
             wide = torch.round(wide * ROW_GRID) / ROW_GRID
         return wide

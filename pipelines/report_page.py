@@ -257,7 +257,7 @@ def _similarity_figure(data: Histogram | None) -> str:
     chart = histogram_chart(
         data,
         name="similarity",
-        title=f"Cosine similarity of {_of(data)} rows to their nearest row",
+        title=f"Cosine similarity of {_of(data)} rows to their nearest row, where one is near",
         x_label="cosine similarity to the nearest row compared",
         mark_label=mark,
     )

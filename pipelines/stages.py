@@ -140,8 +140,8 @@ def dedup_step(
 ) -> Duplicates:
     """Find the duplicates among the rows that are alive.
 
-    What is stored does not depend on epsilon (except in the greedy mode), so that another epsilon
-    is a threshold on it.
+    What is stored does not depend on epsilon up to 0.2 (except in the greedy mode), so that another
+    one is a threshold on it.
     """
     keep = effective_dedup_keep(config, score)
     params: dict[str, Any] = {
@@ -154,11 +154,13 @@ def dedup_step(
     }
     if config.dedup_mode == "greedy":
         params["epsilon"] = config.epsilon
+    else:
+        params["least_similarity"] = _least_similarity(config)
     inputs = {"embeddings": embed.fingerprint, "rows": row_set_fingerprint(alive)}
     if keep == "clip-score":
         inputs["scores"] = score_fingerprint
     step = open_step(
-        folder, step="dedup", step_version=1, params=params, inputs=inputs, overwrite=True
+        folder, step="dedup", step_version=2, params=params, inputs=inputs, overwrite=True
     )
     if not step.complete or missing_parts(folder, rows.parts):
         nearest, similarity = _evidence(rows, embeddings, step, alive, score, keep, config)
@@ -175,6 +177,11 @@ def dedup_step(
     nearest = table["nearest_row"].fill_null(-1).to_numpy()
     similarity = floats(table["cosine_similarity"])
     return Duplicates(step, _threshold(nearest, similarity, config))
+
+
+def _least_similarity(config: PruneConfig) -> float:
+    """Return down to where evidence is looked for: so that the usual epsilons share it."""
+    return min(dedup.LEAST_SIMILARITY, 1.0 - config.epsilon)
 
 
 def effective_dedup_keep(config: PruneConfig, score: NDArray[np.float32] | None) -> str:
@@ -225,7 +232,11 @@ def _evidence(
             )
         else:
             found = dedup.duplicate_evidence(
-                x, clustered.cluster, clustered.cosine_distance, **options
+                x,
+                clustered.cluster,
+                clustered.cosine_distance,
+                least_similarity=_least_similarity(config),
+                **options,
             )
         advance(int(alive.sum()))
     return found
@@ -278,6 +289,7 @@ def cluster_rows(
         write_array(path, centroids)
         return Clustered(cluster, distance, centroids)
     x = embeddings.image.subset(index)
+    assigned = None
     if path.exists():
         centroids = read_array(path)
     else:
@@ -286,11 +298,16 @@ def cluster_rows(
             keys = mixed_keys(rows.ranks[index], config.seed, label)
             sample = np.sort(index[np.argpartition(keys, fit_rows)[:fit_rows]])
         x_fit = embeddings.image.subset(sample)
-        centroids = _fit(x_fit, k, rows.ranks[sample], config, folder, label, note)
+        fitted = _fit(x_fit, k, rows.ranks[sample], config, folder, label, note)
+        centroids = fitted.centroids
         write_array(path, centroids)
+        if sample is index:
+            assigned = fitted.cluster, fitted.cosine_distance
     for checkpoint in _checkpoints(folder):
         checkpoint.unlink()
-    cluster[index], distance[index] = kmeans.assign(x, centroids, device=config.device)
+    if assigned is None:
+        assigned = kmeans.assign(x, centroids, device=config.device)
+    cluster[index], distance[index] = assigned
     return Clustered(cluster, distance, centroids)
 
 
@@ -302,7 +319,7 @@ def _fit(
     folder: Path,
     label: str,
     note: Callable[..., None],
-) -> NDArray[np.float32]:
+) -> kmeans.KMeans:
     done, init = _last_checkpoint(folder)
     total, last = config.kmeans_iterations, time.monotonic()
 
@@ -335,8 +352,9 @@ def _fit(
         iterations=done + result.iterations,
         empty_clusters=result.empty_clusters,
         backend=result.backend,
+        products=result.products,
     )
-    return result.centroids
+    return result
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -372,7 +390,7 @@ def cluster_step(
     step = open_step(
         folder,
         step="cluster",
-        step_version=1,
+        step_version=2,
         params={
             "clusters": k,
             "kmeans_iterations": config.kmeans_iterations,

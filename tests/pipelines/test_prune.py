@@ -174,10 +174,13 @@ def test_epsilon_is_a_threshold_on_what_is_stored(make_pool: MakePool, tmp_path:
     run = tmp_path / "run"
     pipelines.prune(pool, keep=0.05, out=run, epsilon=0.05)
     evidence = (run / "duplicates" / "part-00000.parquet").stat().st_mtime_ns
-    pipelines.prune(pool, keep=0.05, out=run, epsilon=0.3, overwrite=True)
+    pipelines.prune(pool, keep=0.05, out=run, epsilon=0.2, overwrite=True)
     assert (run / "duplicates" / "part-00000.parquet").stat().st_mtime_ns == evidence
-    pipelines.prune(pool, keep=0.05, out=tmp_path / "fresh", epsilon=0.3)
+    pipelines.prune(pool, keep=0.05, out=tmp_path / "fresh", epsilon=0.2)
     assert tree(run) == tree(tmp_path / "fresh")
+    # Beyond what was looked for.
+    pipelines.prune(pool, keep=0.05, out=run, epsilon=0.3, overwrite=True)
+    assert (run / "duplicates" / "part-00000.parquet").stat().st_mtime_ns > evidence
 
 
 def test_whoever_reads_a_folder_finds_a_table(make_pool: MakePool, tmp_path: Path) -> None:
