@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -111,19 +111,10 @@ class Lloyd:
         check: bool,
     ) -> None:
         rows = self.rows
-        stored = rows.raw(part) if check or self._codes is None else None
-        after = np.empty(len(self.cluster[part]), dtype=np.int32)
-        lead = np.empty(len(after), dtype=np.float32)
-        for start in range(0, len(after), rows.query_rows):
-            cut = slice(start, min(start + rows.query_rows, len(after)))
-            here = _within(part, cut)
-            block = None if stored is None else rows.widen(stored[cut], here if check else None)
-            queries = self._queries(columns, here, block)
-            exact = Exact(
-                partial(self._read, here), partial(_taken, c), rows.query_rows, rounded=False
-            )
-            found = nearest(columns, queries, exact, rows.tile_columns)
-            after[cut], lead[cut] = found.column, found.gap
+        exact = Exact(partial(self._read, part), partial(_taken, c), rows.query_rows, rounded=False)
+        tile = rows.query_rows, rows.tile_columns
+        found = nearest(columns, self._queries(columns, part, check=check), exact, tile)
+        after, lead = found.column.astype(np.int32), found.gap
         before = self.cluster[part]
         changed = np.flatnonzero(after != before)
         if add and len(changed):
@@ -135,20 +126,27 @@ class Lloyd:
     def _read(self, here: slice | Numbers, chosen: Numbers) -> torch.Tensor:
         return self.rows.read(_within(here, chosen))
 
-    def _queries(
-        self, columns: Columns, here: slice | Numbers, block: torch.Tensor | None
-    ) -> Queries:
+    def _queries(self, columns: Columns, part: slice | Numbers, *, check: bool) -> Queries:
         """Return some rows as queries: by the codes that are kept, or by the rows themselves."""
-        if not isinstance(columns, CodedColumns) or self._codes is None:
-            assert block is not None
-            return columns.queries(block)
-        at = here if isinstance(here, slice) else torch.from_numpy(here).to(self.rows.device)
-        if block is None:
-            return columns.coded_queries(self._codes[at])
-        codes = columns.frame.encode(block)
-        self._codes.values[at], self._codes.cut[at] = codes.values, codes.cut
-        self._codes.length[at] = codes.length
+        if not isinstance(columns, CodedColumns):
+            return columns.queries(torch.cat(list(self._blocks(part, check=check))))
+        kept = self._codes
+        if kept is not None and not check:
+            at = part if isinstance(part, slice) else torch.from_numpy(part).to(self.rows.device)
+            return columns.coded_queries(kept[at])
+        blocks = self._blocks(part, check=check)
+        codes = Codes.joined([columns.frame.encode(block) for block in blocks])
+        if kept is not None:
+            kept.values[part], kept.length[part] = codes.values, codes.length
+            kept.cut[part] = codes.cut
         return columns.coded_queries(codes)
+
+    def _blocks(self, part: slice | Numbers, *, check: bool) -> Iterator[torch.Tensor]:
+        """Yield float32 rows in blocks that stay in a core's cache."""
+        rows, stored = self.rows, self.rows.raw(part)
+        for start in range(0, len(stored), rows.query_rows):
+            cut = slice(start, min(start + rows.query_rows, len(stored)))
+            yield rows.widen(stored[cut], _within(part, cut) if check else None)
 
     def _add_up(self, changed: torch.Tensor, after: torch.Tensor, before: torch.Tensor) -> None:
         """Add rows to the sums of their clusters, and take them out of those before.
@@ -306,4 +304,4 @@ def _within(part: slice | Numbers, chosen: slice | Numbers) -> slice | Numbers:
 
 
 def _taken(vectors: torch.Tensor, numbers: Numbers) -> torch.Tensor:
-    return vectors[torch.from_numpy(numbers).to(vectors.device)]
+    return vectors.index_select(0, torch.from_numpy(numbers).to(vectors.device))

@@ -23,6 +23,7 @@ Evidence = tuple[NDArray[np.int64], NDArray[np.float32]]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], None]
 
 _FRAME_ROWS = 512
+_PART_TILES = 8  # of queries that are worked on at once
 
 
 class RankedRows:
@@ -103,12 +104,13 @@ class RankedRows:
         if len(columns) == 0:
             return found, similarity
         known = self._columns(columns)
+        step = min(_PART_TILES * self._tile, self.rows.block_rows(0))
 
         def work(start: int) -> None:
-            at = slice(start, start + self._tile)
+            at = slice(start, start + step)
             found[at], similarity[at] = self._best(queries[at], columns, known, forbidden, least)
 
-        self.each(work, range(0, len(queries), self._tile))
+        self.each(work, range(0, len(queries), step))
         return found, similarity
 
     def _columns(self, columns: Ranks) -> Columns:
@@ -134,22 +136,25 @@ class RankedRows:
             partial(self._taken, queries),
             partial(self._taken, columns),
             self.rows.query_rows,
+            self._lengths_of(columns),
             rounded=True,
         )
-        found = nearest(
-            known,
-            asked,
-            exact,
-            self.rows.tile_columns,
-            lambda start, stop: forbidden(queries, columns[start:stop]),
-            int(np.searchsorted(columns, queries[-1])) if forbidden is later else None,
-        )
+        # Half tiles along the diagonal: less is computed above it.
+        tile = max(1, self._tile // 2) if forbidden is later else self._tile
+
+        def hidden(some: slice, part: slice) -> NDArray[np.bool_] | bool:
+            return forbidden(queries[some], columns[part])
+
+        found = nearest(known, asked, exact, (tile, self.rows.tile_columns), hidden)
         best, similarity = found.column, found.similarity
         left = np.flatnonzero((best >= 0) & np.isnan(similarity))
         similarity[left] = exact.pairs(left, best[left])
         there = similarity >= least  # not where it is NaN
         found_similarity = np.where(there, similarity, np.nan).astype(np.float32)
         return np.where(there, columns[best], -1), found_similarity
+
+    def _lengths_of(self, columns: Ranks) -> Callable[[NDArray[np.int64]], torch.Tensor]:
+        return lambda chosen: torch.linalg.vector_norm(self.read(columns[chosen]), dim=1)
 
     def _taken(self, ranks: Ranks, chosen: NDArray[np.int64]) -> torch.Tensor:
         return self.read(ranks[chosen])
@@ -164,6 +169,8 @@ def later(queries: Ranks, columns: Ranks) -> NDArray[np.bool_] | bool:
     """Forbid a row to be compared to itself and to those ranked after it."""
     if columns[-1] < queries[0]:
         return False
+    if columns[0] >= queries[-1]:
+        return True
     q, c = len(queries), len(columns)
     if queries[-1] - queries[0] == q - 1 and columns[-1] - columns[0] == c - 1:
         # Both ascend without gaps: every row of the mask is the row before, moved by one.

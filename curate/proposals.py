@@ -14,7 +14,7 @@ settled by exact products. Elsewhere the fast products are float32. Results do n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
@@ -28,9 +28,8 @@ from curate.runtime import rng
 from curate.unit_rows import exact_cosine, lengths64, on_grid, row_dots, tolerance
 
 Numbers = NDArray[np.int64]
-# Given the number of the first column and that after the last: which pairs (queries x columns) must
-# not be looked at, all or none.
-Hidden = Callable[[int, int], NDArray[np.bool_] | bool]
+# Given ranges of queries and of columns: which pairs must not be looked at, all or none.
+Hidden = Callable[[slice, slice], NDArray[np.bool_] | bool]
 
 _LEVELS = 127
 _NEVER = -(1 << 30)  # below all integer products, with room for a tolerance below it
@@ -119,10 +118,21 @@ class Codes:
     cut: torch.Tensor
 
     def __getitem__(self, rows: slice | torch.Tensor) -> Codes:
-        return Codes(self.values[rows], self.length[rows], self.cut[rows])
+        if isinstance(rows, slice):
+            return Codes(self.values[rows], self.length[rows], self.cut[rows])
+        # Twice as fast as brackets.
+        parts = (self.values, self.length, self.cut)
+        return Codes(*(part.index_select(0, rows) for part in parts))
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @classmethod
+    def joined(cls, parts: list[Codes]) -> Codes:
+        """Return the rows of all parts."""
+        values = torch.cat([part.values for part in parts])
+        length = torch.cat([part.length for part in parts])
+        return cls(values, length, torch.cat([part.cut for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,13 @@ class Queries:
     values: torch.Tensor
     slack: NDArray[Any]
     floor: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.slack)
+
+    def __getitem__(self, rows: slice) -> Queries:
+        floor = None if self.floor is None else self.floor[rows]
+        return Queries(self.values[rows], self.slack[rows], floor)
 
 
 class Columns:
@@ -174,9 +191,9 @@ class Columns:
         """Return (m, d) float32 rows as queries."""
         return Queries(rows, np.full(len(rows), tolerance(rows.shape[1]), np.float32))
 
-    def products(self, queries: Queries, start: int, stop: int) -> torch.Tensor:
-        """Return the (m, stop - start) fast products with a range of columns."""
-        return queries.values @ self.read(start, stop).T
+    def products(self, queries: Queries, part: slice) -> torch.Tensor:
+        """Return the (m, k) fast products with a range of columns."""
+        return queries.values @ self.read(part.start, part.stop).T
 
 
 class CodedColumns(Columns):
@@ -252,10 +269,9 @@ class CodedColumns(Columns):
         off = codes.length * (_DEVIATIONS * self.own.step) + codes.cut * self.reach + both
         return Queries(codes.values, (2 * _steps(off, self.unit)).cpu().numpy())
 
-    def products(self, queries: Queries, start: int, stop: int) -> torch.Tensor:
-        """Return the (m, stop - start) fast products with a range of columns."""
-        codes, bias = self.codes.values[start:stop], self.bias[start:stop]
-        return _int_product(queries.values, codes).add_(bias)
+    def products(self, queries: Queries, part: slice) -> torch.Tensor:
+        """Return the (m, k) fast products with a range of columns."""
+        return _int_product(queries.values, self.codes.values[part]).add_(self.bias[part])
 
 
 def _steps(off: torch.Tensor, unit: float) -> torch.Tensor:
@@ -270,14 +286,14 @@ def encoded(columns: torch.Tensor, frame: Frame) -> CodedColumns:
 
 
 def _int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the (len(a), len(b)) int32 products of int8 codes."""
     if a.device.type == "cpu":
         return torch._int_mm(a, b.T)
-    # CUDA wants more than 16 rows, and multiples of 8 columns and numbers.
-    pad = torch.nn.functional.pad
-    wide = -a.shape[1] % 8
+    # CUDA wants more than 16 rows, and multiples of 8 columns and dimensions.
+    pad, wide = torch.nn.functional.pad, -a.shape[1] % 8
     a_padded = pad(a, (0, wide, 0, max(0, 32 - len(a))))
     b_padded = pad(b, (0, wide, 0, -len(b) % 8))
-    return torch._int_mm(a_padded, b_padded.T)[: len(a), : len(b)].contiguous()
+    return torch._int_mm(a_padded, b_padded.T)[: len(a), : len(b)]
 
 
 def exact_int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -320,12 +336,23 @@ class Exact:
         Return float32 vectors, on the grid, of these numbers.
     most : int
         How many vectors to take at once.
+    lengths : callable, optional
+        Returns the float32 lengths of the columns of these numbers; default 1.
     rounded : bool
         Whether to round to the 2^-23 grid.
     """
 
-    def __init__(self, rows: Read, columns: Read, most: int, *, rounded: bool) -> None:
-        self.rows, self.columns, self.most, self.rounded = rows, columns, most, rounded
+    def __init__(
+        self,
+        rows: Read,
+        columns: Read,
+        most: int,
+        lengths: Read | None = None,
+        *,
+        rounded: bool,
+    ) -> None:
+        self.rows, self.columns, self.most, self.lengths = rows, columns, most, lengths
+        self.rounded = rounded
 
     def pairs(self, row: Numbers, column: Numbers) -> NDArray[np.float64]:
         """Return the similarity of each pair; rows ascend."""
@@ -335,7 +362,7 @@ class Exact:
             a, at = _read_once(self.rows, row[part])
             a, b = a.double(), self.columns(column[part]).double()
             # As in exact_cosine, to the last bit.
-            value = row_dots(a[at], b) / (lengths64(a)[at] * lengths64(b))
+            value = row_dots(a.index_select(0, at), b) / (lengths64(a)[at] * lengths64(b))
             found[part] = self._round(value).cpu().numpy()
         return found
 
@@ -345,9 +372,10 @@ class Exact:
         for start in range(0, len(row), self.most):
             part = slice(start, start + self.most)
             a, at = _read_once(self.rows, row[part])
-            b = self.columns(column[part])
-            cosine = row_dots(a[at], b) / torch.linalg.vector_norm(b, dim=1)
-            value[part] = cosine.cpu().numpy()
+            along = row_dots(a.index_select(0, at), self.columns(column[part]))
+            if self.lengths is not None:
+                along /= self.lengths(column[part])
+            value[part] = along.cpu().numpy()
         new = np.flatnonzero(np.diff(row, prepend=-1))
         best = np.maximum.reduceat(value, new)
         runs = np.diff(new, append=len(row))
@@ -372,9 +400,8 @@ def nearest(
     columns: Columns,
     queries: Queries,
     exact: Exact,
-    tile: int,
+    tile: tuple[int, int],
     hidden: Hidden | None = None,
-    count: int | None = None,
 ) -> Found:
     """Return the exact best column of each query, the first among equals.
 
@@ -383,24 +410,24 @@ def nearest(
     columns : Columns
     queries : Queries
     exact : Exact
-    tile : int
-        How many columns to look at at once; results do not depend on it.
+    tile : int, int
+        How many queries and columns to multiply at once; results do not depend on it.
     hidden : callable, optional
-    count : int, optional
-        Look at the first so many columns only.
     """
-    end = len(columns) if count is None else count
     search = _Search(queries)
-    for start in range(0, end, tile):
-        stop = min(start + tile, end)
-        mask = False if hidden is None else hidden(start, stop)
-        if mask is True:
-            continue
-        product = columns.products(queries, start, stop)
-        if mask is not False:
-            _hide(product, np.asarray(mask), search.never)
-        slack = None if columns.slack is None else columns.slack[start:stop]
-        search.add(product, start, slack, exact)
+    for first in range(0, len(queries), tile[0]):
+        rows = slice(first, min(first + tile[0], len(queries)))
+        some = queries[rows]
+        for start in range(0, len(columns), tile[1]):
+            part = slice(start, min(start + tile[1], len(columns)))
+            mask = False if hidden is None else hidden(rows, part)
+            if mask is True:
+                continue
+            product = columns.products(some, part)
+            if mask is not False:
+                _hide(product, np.asarray(mask), search.never)
+            slack = np.zeros(1) if columns.slack is None else columns.slack[part]
+            search.add(product, rows, start, slack, exact)
     return search.settle(exact, columns.unit)
 
 
@@ -411,59 +438,88 @@ def _hide(product: torch.Tensor, mask: NDArray[np.bool_], never: float) -> None:
         product.masked_fill_(torch.from_numpy(mask.copy()).to(product.device), never)
 
 
+def _not_below(product: torch.Tensor, floor: NDArray[Any]) -> tuple[Numbers, Numbers]:
+    """Return the rows and columns of the products that are not below the row's floor."""
+    if product.device.type == "cpu":  # several times as fast as torch.nonzero
+        return np.divmod(np.flatnonzero(product.numpy() >= floor[:, None]), product.shape[1])
+    above = torch.nonzero(product >= torch.from_numpy(floor).to(product.device)[:, None])
+    row, column = above.cpu().numpy().T
+    return row, column
+
+
 class _Search:
     """The largest products so far, and the columns that may be the best."""
 
     def __init__(self, queries: Queries) -> None:
         self.slack = slack = queries.slack
-        self.never = _NEVER if slack.dtype == np.int32 else -np.inf
+        whole = slack.dtype == np.int32
+        self.never = _NEVER if whole else -1e30
         self.top = np.full(len(slack), self.never, dtype=slack.dtype)
         self.second = self.top.copy()
-        self.floor = self.top.copy() if queries.floor is None else queries.floor
+        # What the best column's product is at least: below it, a column is not the best.
+        self.floor = self.top + slack.dtype.type(1 if whole else 1e29)
+        # Where most rows have no column above a floor, the others are not ranked.
+        self.ranks = queries.floor is None
+        if queries.floor is not None:
+            self.floor = np.maximum(self.floor, queries.floor)
         self.at = np.full(len(slack), -1, dtype=np.int64)
         self.candidates: list[tuple[Numbers, Numbers, NDArray[Any]]] = []
 
     def add(
-        self, product: torch.Tensor, start: int, slack: NDArray[Any] | None, exact: Exact
+        self, product: torch.Tensor, rows: slice, start: int, slack: NDArray[Any], exact: Exact
     ) -> None:
-        """Look at the products with the columns from `start` on."""
-        first, at, following = top_two(product, self.never)
-        better = first > self.top
-        self.at[better] = at[better] + start
-        self.second = np.maximum(np.minimum(self.top, first), np.maximum(self.second, following))
-        self.top = np.maximum(self.top, first)
-        there = first > self.never
-        # What the best column's product is at least: below it, a column is not the best.
-        least = first - self.slack if slack is None else first - self.slack - slack[at]
-        self.floor = np.where(there, np.maximum(self.floor, least), self.floor)
-        single = np.flatnonzero(there & (first >= self.floor) & (following < self.floor))
-        self.candidates.append((single, at[single] + start, first[single]))
-        several = np.flatnonzero(there & (following >= self.floor))
-        if len(several):
-            self.candidates.extend(self._several(product, several, start, exact))
-
-    def _several(
-        self, product: torch.Tensor, rows: Numbers, start: int, exact: Exact
-    ) -> Iterator[tuple[Numbers, Numbers, NDArray[Any]]]:
-        """Yield the columns of one tile that may be the best of rows where several may."""
-        values = product[torch.from_numpy(rows).to(product.device)]
-        close = values >= torch.from_numpy(self.floor[rows]).to(values.device)[:, None]
-        close &= values > self.never
-        count = int(close.sum())
-        if count > _DENSE * len(rows):
-            similar = exact.dense(rows, start + np.arange(product.shape[1]))
-            best = similar.masked_fill_(~close, -torch.inf).argmax(dim=1)  # the first of several
-            value = values.gather(1, best[:, None])[:, 0]
-            yield rows, best.cpu().numpy() + start, value.cpu().numpy()
+        """Look at the products of some rows with the columns from `start` on."""
+        if not self.ranks:
+            self._collect(product, rows, start, slack, exact, self.floor[rows])
             return
-        row, column = torch.nonzero(close, as_tuple=True)
-        value = values[row, column]
-        yield rows[row.cpu().numpy()], column.cpu().numpy() + start, value.cpu().numpy()
+        first, at, following = top_two(product, self.never)
+        top, floor = self.top[rows], self.floor[rows]
+        better = np.flatnonzero(first > top)
+        self.at[rows.start + better] = at[better] + start
+        second = np.maximum(np.minimum(top, first), np.maximum(self.second[rows], following))
+        least = first - self.slack[rows] - (slack[at] if len(slack) > 1 else 0)
+        self.second[rows], self.top[rows] = second, np.maximum(top, first)
+        self.floor[rows] = floor = np.maximum(floor, least)
+        several = following >= floor
+        single = np.flatnonzero((first >= floor) & ~several)
+        self.candidates.append((single + rows.start, at[single] + start, first[single]))
+        if several.any():
+            highest = np.iinfo(np.int32).max
+            self._collect(product, rows, start, slack, exact, np.where(several, floor, highest))
+
+    def _collect(
+        self,
+        product: torch.Tensor,
+        rows: slice,
+        start: int,
+        slack: NDArray[Any],
+        exact: Exact,
+        floor: NDArray[Any],
+    ) -> None:
+        """Take the columns of a tile that may be the best."""
+        row, column = _not_below(product, floor)
+        if len(row) == 0:
+            return
+        new = np.flatnonzero(np.diff(row, prepend=-1))
+        if len(row) > _DENSE * len(new):
+            here = row[new]
+            close = product[torch.from_numpy(here).to(product.device)]
+            far = close < torch.from_numpy(floor[here]).to(close.device)[:, None]
+            similar = exact.dense(here + rows.start, start + np.arange(product.shape[1]))
+            best = similar.masked_fill_(far, -torch.inf).argmax(dim=1)  # the first of several
+            row, column, new = here, best.cpu().numpy(), np.arange(len(here))
+        at = (torch.from_numpy(part).to(product.device) for part in (row, column))
+        value = product[tuple(at)].cpu().numpy()
+        self.candidates.append((row + rows.start, column + start, value))
+        if not self.ranks:
+            least = value - (slack[column] if len(slack) > 1 else 0)
+            there = rows.start + row[new]
+            found = np.maximum.reduceat(least, new) - self.slack[there]
+            self.floor[there] = np.maximum(self.floor[there], found)
 
     def settle(self, exact: Exact, unit: float) -> Found:
         """Decide between the columns that are left."""
-        self.at[self.top < self.floor] = -1
-        certain = self.floor > self.second
+        certain = self.floor > self.second if self.ranks else np.zeros(len(self.top), dtype=bool)
         gap = np.zeros(len(self.top), dtype=np.float32)
         lead = self.floor[certain].astype(np.float64) - self.second[certain]
         # Downwards, so that it stays a bound.
