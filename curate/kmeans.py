@@ -62,6 +62,7 @@ def fit(
     k: int,
     *,
     iterations: int = 20,
+    tolerance: float = 3e-4,
     seed: int = 0,
     backend: str = "auto",
     device: str | torch.device = "auto",
@@ -73,8 +74,8 @@ def fit(
 ) -> KMeans:
     """Cluster unit rows by cosine similarity: spherical k-means (Dhillon and Modha, 2001).
 
-    Lloyd's iterations run over all rows, never over a sample alone, and stop when no row changes
-    its cluster. A cluster that loses its rows takes the row farthest from its own centroid.
+    Lloyd's iterations run over all rows, never over a sample alone, and stop when they gain little.
+    A cluster that loses its rows takes the row farthest from its own centroid.
 
     Parameters
     ----------
@@ -84,6 +85,9 @@ def fit(
         Number of clusters, 1 to n.
     iterations : int
         At most that many moves of the centroids.
+    tolerance : float
+        Stop when a move would lower the mean cosine distance by less than this part of it; 0 goes
+        on until nothing moves. Not for FAISS.
     seed : int
         Seed of the starting centroids.
     backend : {"auto", "torch", "faiss"}
@@ -123,7 +127,7 @@ def fit(
     array([3, 3])
     """
     rows = Rows(x, device, block_bytes)
-    _check_request(rows, k, iterations, backend)
+    _check_request(rows, k, iterations, tolerance, backend)
     identity = row_identity(keys, rows.n)
     with full_float32():
         if init is None:
@@ -137,7 +141,7 @@ def fit(
             lloyd = Lloyd(rows, centroids)
         else:
             lloyd = Lloyd(rows, centroids)
-            done = lloyd.run(iterations, identity, progress, checkpoint)
+            done = lloyd.run(iterations, identity, progress, checkpoint, tolerance)
         distance = lloyd.settle(identity)
     counts = np.bincount(lloyd.cluster, minlength=k)
     return KMeans(
@@ -203,7 +207,7 @@ def assign(
         return lloyd.cluster, lloyd.distance()
 
 
-def _check_request(rows: Rows, k: int, iterations: int, backend: str) -> None:
+def _check_request(rows: Rows, k: int, iterations: int, tolerance: float, backend: str) -> None:
     if not 1 <= k <= rows.n:
         raise ValueError(
             f"k is {k}; with {rows.n} rows it must lie in 1 ... {rows.n}: ask for fewer clusters "
@@ -211,5 +215,7 @@ def _check_request(rows: Rows, k: int, iterations: int, backend: str) -> None:
         )
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it must be at least 1")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance is {tolerance}; it must lie in 0 ... 1, such as 3e-4")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not known; use one of {', '.join(BACKENDS)}")

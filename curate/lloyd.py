@@ -177,6 +177,13 @@ class Lloyd:
         lost = np.sqrt((sums * sums).sum(axis=1)) < 1e-6
         return unit_centroids(np.where(lost[:, None], self.centroids, sums))
 
+    def _gain(self) -> float:
+        """Return the part of the mean distance that moving the centroids takes off."""
+        sums = self._sums.cpu().numpy()
+        after = float(np.sqrt((sums * sums).sum(axis=1)).sum())
+        before = float((sums * self.centroids).sum())
+        return (after - before) / max(self.rows.n - after, 1e-12)
+
     def move(self, centroids: NDArray[np.float32]) -> None:
         """Put the centroids elsewhere; the leads shrink by no more than what they moved."""
         step = centroids.astype(np.float64) - self.centroids
@@ -219,14 +226,17 @@ class Lloyd:
         identity: NDArray[np.uint64],
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
+        tolerance: float = 0.0,
     ) -> int:
-        """Look and move until nothing moves or so often; return the moves."""
+        """Look and move until little is gained, or so often; return the moves."""
         k = len(self.centroids)
         for done in range(iterations):
             self.look()
             means = self.means()
             if np.bincount(self.cluster, minlength=k).min() == 0:
                 self._fill(means, self.distance(), identity)
+            elif tolerance > 0 and self._gain() < tolerance:
+                return done
             # The sums are exact: centroids that stay are those whose rows stay. Only the centroids
             # decide what comes next, so that a fit can go on from them alone.
             if np.array_equal(means, self.centroids):

@@ -82,17 +82,17 @@ class Frame:
         steps = torch.add(self.dither, off, alpha=1 / self.step)
         cut = torch.zeros_like(length)
         largest = torch.maximum(steps.amax(dim=1), -steps.amin(dim=1))
-        outside = torch.nonzero(largest > _LEVELS + 0.5)[:, 0]
+        # What is above 127 steps without the dither: the rest's error is uniform, not biased.
+        outside = torch.nonzero(largest > _LEVELS - 0.5)[:, 0]
         if len(outside):
-            over = steps[outside].abs_().sub_(_LEVELS + 0.5).relu_()
-            cut[outside] = over.sum(dim=1) * self.step
+            cut[outside] = off[outside].abs_().sub_(_LEVELS * self.step).relu_().sum(dim=1)
         return Codes(steps.round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), length, cut)
 
 
 def _step(reach: float) -> float:
-    # Not finer than what keeps products and biases of unit vectors far below 2^29. The last half
-    # step is for the dither.
-    return max(reach, 0.01) / (_LEVELS - 0.5)
+    # Not finer than what keeps products and biases of unit vectors far below 2^29, and makes 2^28
+    # products worth more than 4, the largest error there is. The last half step is for the dither.
+    return max(reach, 0.016) / (_LEVELS - 0.5)
 
 
 def _dither(name: str, centre: torch.Tensor) -> torch.Tensor:
@@ -426,7 +426,7 @@ def nearest(
             product = columns.products(some, part)
             if mask is not False:
                 _hide(product, np.asarray(mask), search.never)
-            slack = np.zeros(1) if columns.slack is None else columns.slack[part]
+            slack = None if columns.slack is None else columns.slack[part]
             search.add(product, rows, start, slack, exact)
     return search.settle(exact, columns.unit)
 
@@ -466,7 +466,12 @@ class _Search:
         self.candidates: list[tuple[Numbers, Numbers, NDArray[Any]]] = []
 
     def add(
-        self, product: torch.Tensor, rows: slice, start: int, slack: NDArray[Any], exact: Exact
+        self,
+        product: torch.Tensor,
+        rows: slice,
+        start: int,
+        slack: NDArray[Any] | None,
+        exact: Exact,
     ) -> None:
         """Look at the products of some rows with the columns from `start` on."""
         if not self.ranks:
@@ -477,7 +482,7 @@ class _Search:
         better = np.flatnonzero(first > top)
         self.at[rows.start + better] = at[better] + start
         second = np.maximum(np.minimum(top, first), np.maximum(self.second[rows], following))
-        least = first - self.slack[rows] - (slack[at] if len(slack) > 1 else 0)
+        least = first - self.slack[rows] - (0 if slack is None else slack[at])
         self.second[rows], self.top[rows] = second, np.maximum(top, first)
         self.floor[rows] = floor = np.maximum(floor, least)
         several = following >= floor
@@ -492,7 +497,7 @@ class _Search:
         product: torch.Tensor,
         rows: slice,
         start: int,
-        slack: NDArray[Any],
+        slack: NDArray[Any] | None,
         exact: Exact,
         floor: NDArray[Any],
     ) -> None:
@@ -512,7 +517,7 @@ class _Search:
         value = product[tuple(at)].cpu().numpy()
         self.candidates.append((row + rows.start, column + start, value))
         if not self.ranks:
-            least = value - (slack[column] if len(slack) > 1 else 0)
+            least = value - (0 if slack is None else slack[column])
             there = rows.start + row[new]
             found = np.maximum.reduceat(least, new) - self.slack[there]
             self.floor[there] = np.maximum(self.floor[there], found)

@@ -183,7 +183,7 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
         the farthest from its centroid (hard), the nearest (easy), or random.
     dedup_clusters
         Clusters inside which duplicates are sought. Auto: one up to 20,000 rows (every pair is
-        compared), then sqrt(rows / 10). Their centroids come from 256 rows per cluster, at least
+        compared), then sqrt(rows / 4). Their centroids come from 256 rows per cluster, at least
         50,000; every row is assigned.
     clip_fraction
         Share of the rows left that stays by CLIP score, never below the budget; 1 turns it off.
@@ -194,6 +194,8 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
         Concept clusters. Auto: sqrt(rows) / 4, at most 500.
     kmeans_iterations
         Most passes of k-means over the rows.
+    kmeans_tolerance
+        k-means stops when a pass would lower the mean distance by less than this part of it.
     backend
         k-means by torch (auto) or by faiss.
     preset
@@ -232,6 +234,7 @@ class PruneConfig(PoolConfig, ModelConfig, RunConfig):
     min_clip_score: Annotated[float | None, Parameter(group=_SCORE)] = None
     clusters: Annotated[Literal["auto"] | int, Parameter(group=_PRUNE), _WHOLE] = "auto"
     kmeans_iterations: Annotated[int, Parameter(group=_PRUNE), AT_LEAST_ONE] = 20
+    kmeans_tolerance: Annotated[float, Parameter(group=_PRUNE), _SHARE] = 3e-4
     backend: Annotated[Literal["auto", "torch", "faiss"], Parameter(group=_PRUNE)] = "auto"
     preset: Annotated[Literal["paper", "repo"], Parameter(group=_PRUNE)] = "paper"
     temperature: Annotated[float | None, Parameter(group=_PRUNE), _POSITIVE] = None

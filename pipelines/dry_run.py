@@ -54,7 +54,7 @@ def describe_prune(config: PruneConfig) -> str:
         )
     lines += [
         f"cluster   k-means, at most {prune_clusters_count(config, rows):,} clusters, "
-        f"{config.kmeans_iterations} iterations, all rows",
+        f"at most {config.kmeans_iterations} iterations, all rows",
         f"prune     temperature {options['temperature']}, {options['neighbours']} neighbours, "
         f"lower bound {lower}, {config.which} first",
         *_tail(pool, budget, out),

@@ -124,7 +124,7 @@ def dedup_clusters(config: PruneConfig, rows: int) -> int:
     """Return the number of clusters inside which duplicates are sought."""
     if config.dedup_clusters != "auto":
         return min(int(config.dedup_clusters), max(rows, 1))
-    return 1 if rows <= _PAIRS_EXACTLY else round(math.sqrt(rows / 10))
+    return 1 if rows <= _PAIRS_EXACTLY else round(math.sqrt(rows / 4))
 
 
 def dedup_step(
@@ -149,6 +149,7 @@ def dedup_step(
         "dedup_keep": keep,
         "dedup_clusters": dedup_clusters(config, int(alive.sum())),
         "kmeans_iterations": config.kmeans_iterations,
+        "kmeans_tolerance": config.kmeans_tolerance,
         "backend": config.backend,
         "seed": config.seed,
     }
@@ -338,6 +339,7 @@ def _fit(
             x,
             k,
             iterations=total - done,
+            tolerance=config.kmeans_tolerance,
             seed=config.seed,
             backend=config.backend,
             device=config.device,
@@ -394,6 +396,7 @@ def cluster_step(
         params={
             "clusters": k,
             "kmeans_iterations": config.kmeans_iterations,
+            "kmeans_tolerance": config.kmeans_tolerance,
             "backend": config.backend,
             "seed": config.seed,
         },

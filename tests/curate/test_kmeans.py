@@ -65,12 +65,20 @@ def test_objective_is_within_one_percent_of_scikit_learn_and_faiss(spread):
 
 def test_converged_centroids_are_the_directions_of_their_rows():
     x = mixture()
-    found = fit(x, 12, iterations=200, device="cpu")
+    found = fit(x, 12, iterations=200, tolerance=0, device="cpu")
     assert found.iterations < 200
     cluster, _ = assign(x, found.centroids, device="cpu")
     means = np.stack([x[cluster == j].astype(np.float64).sum(axis=0) for j in range(12)])
     np.testing.assert_allclose(found.centroids, unit(means), atol=2**-24)
     assert np.array_equal(found.counts, np.bincount(cluster))
+
+
+def test_tolerance_stops_once_little_is_gained():
+    x = mixture(spread=0.5)
+    whole = fit(x, 40, iterations=200, tolerance=0, device="cpu")
+    some = fit(x, 40, iterations=200, tolerance=0.01, device="cpu")
+    assert some.iterations < whole.iterations
+    assert 0 < whole.objective - some.objective < 0.01
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -206,6 +214,7 @@ def test_no_cluster_is_empty_while_distinct_rows_are_left(seed, n, data):
         ({"k": 0}, "must lie in 1 ... 30"),
         ({"k": 31}, "must lie in 1 ... 30"),
         ({"backend": "cuml"}, "use one of auto, torch, faiss"),
+        ({"tolerance": 1}, "lie in 0 ... 1"),
         ({"iterations": 0}, "at least 1"),
         ({"block_bytes": 0}, "at least 1"),
         ({"keys": np.arange(30)}, "uint64"),
