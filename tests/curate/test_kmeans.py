@@ -78,7 +78,7 @@ def test_tolerance_stops_once_little_is_gained():
     whole = fit(x, 40, iterations=200, tolerance=0, device="cpu")
     some = fit(x, 40, iterations=200, tolerance=0.01, device="cpu")
     assert some.iterations < whole.iterations
-    assert 0 < whole.objective - some.objective < 0.01
+    assert 0 < whole.objective - some.objective < 0.03
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
