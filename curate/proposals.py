@@ -18,6 +18,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -414,6 +415,19 @@ def nearest(
         How many queries and columns to multiply at once; results do not depend on it.
     hidden : callable, optional
     """
+    coded = isinstance(columns, CodedColumns) and hidden is None and queries.floor is None
+    if coded and queries.values.is_cuda and find_spec("triton") is not None:
+        return _fused(columns, queries, exact, tile)
+    return _tiled(columns, queries, exact, tile, hidden)
+
+
+def _tiled(
+    columns: Columns,
+    queries: Queries,
+    exact: Exact,
+    tile: tuple[int, int],
+    hidden: Hidden | None = None,
+) -> Found:
     search = _Search(queries)
     for first in range(0, len(queries), tile[0]):
         rows = slice(first, min(first + tile[0], len(queries)))
@@ -429,6 +443,35 @@ def nearest(
             slack = None if columns.slack is None else columns.slack[part]
             search.add(product, rows, start, slack, exact)
     return search.settle(exact, columns.unit)
+
+
+def _fused(columns: Columns, queries: Queries, exact: Exact, tile: tuple[int, int]) -> Found:
+    """Search by a kernel that returns the best two; only near ties need products in memory."""
+    from curate.fused import best_two
+
+    assert isinstance(columns, CodedColumns)
+    best = best_two(queries.values, columns.codes.values, columns.bias)
+    first, at, second = (part.cpu().numpy() for part in best)
+    lead = first.astype(np.int64) - queries.slack - columns.slack[at] - second
+    near = np.flatnonzero(lead <= 0)
+    some = torch.from_numpy(near).to(queries.values.device)
+    left = Queries(queries.values.index_select(0, some), queries.slack[near])
+    among = Exact(
+        lambda row: exact.rows(near[row]),
+        exact.columns,
+        exact.most,
+        exact.lengths,
+        rounded=exact.rounded,
+    )
+    settled = _tiled(columns, left, among, tile)
+    column, known = at.astype(np.int64), np.full(len(at), np.nan)
+    column[near], known[near] = settled.column, settled.similarity
+    return Found(column, known, _gap(np.maximum(lead, 0), columns.unit))
+
+
+def _gap(lead: NDArray[Any], unit: float) -> NDArray[np.float32]:
+    """Return a lead in products as a difference of similarities: downwards, so it stays a bound."""
+    return np.asarray(np.minimum(lead * unit, 4.0) * (1 - 2.0**-20), dtype=np.float32)
 
 
 def _hide(product: torch.Tensor, mask: NDArray[np.bool_], never: float) -> None:
@@ -527,8 +570,7 @@ class _Search:
         certain = self.floor > self.second if self.ranks else np.zeros(len(self.top), dtype=bool)
         gap = np.zeros(len(self.top), dtype=np.float32)
         lead = self.floor[certain].astype(np.float64) - self.second[certain]
-        # Downwards, so that it stays a bound.
-        gap[certain] = np.minimum(lead * unit, 4.0) * (1 - 2.0**-20)
+        gap[certain] = _gap(lead, unit)
         known = np.full(len(self.top), np.nan)
         if not certain.all() and self.candidates:
             parts = zip(*self.candidates, strict=True)
