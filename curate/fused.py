@@ -13,7 +13,7 @@ _ROWS, _COLUMNS, _DIMENSIONS = 128, 128, 64
 NEVER = tl.constexpr(-(1 << 30))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _best_two(  # type: ignore[no-untyped-def]
     rows_at,
     columns_at,

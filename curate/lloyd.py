@@ -30,7 +30,7 @@ Checkpoint = Callable[[int, NDArray[np.float32]], None]
 
 _PART_ROWS = 8192  # of what a thread does at once
 _FRAME_ROWS = 1024
-_CODE_BYTES = 1 << 30  # up to so many the codes are kept, else made again for each look
+CODE_BYTES = 1 << 30  # up to so many the codes are kept, else made again for each look
 _LONGEST_ROW = 1.02
 _ROUNDING = 1e-6  # of bounds in float32
 
@@ -62,7 +62,7 @@ class Lloyd:
         self._lock = threading.Lock()
         self._frame = _frame(rows)
         self._codes: Codes | None = None
-        if not once and self._frame is not None and rows.n * rows.d <= _CODE_BYTES:
+        if not once and self._frame is not None and rows.n * rows.d <= CODE_BYTES:
             self._codes = Codes(
                 torch.empty((rows.n, rows.d), dtype=torch.int8, device=rows.device),
                 torch.empty(rows.n, device=rows.device),

@@ -36,7 +36,6 @@ _LEVELS = 127
 _NEVER = -(1 << 30)  # below all integer products, with room for a tolerance below it
 _MOST_STEPS = 1 << 28
 _DEVIATIONS = 9.0 / 12**0.5
-_ROUNDING = 2e-6  # of float32 sums and lengths, in products of unit vectors
 # More columns of a tile than this within the tolerance of a row cost less as one exact product.
 _DENSE = 16
 
@@ -213,6 +212,8 @@ class CodedColumns(Columns):
     def __init__(self, codes: Codes, along: torch.Tensor, own: Frame, frame: Frame) -> None:
         self.codes, self.own, self.frame = codes, own, frame
         self.unit = frame.step * own.step
+        # Of float32 sums, and of lengths that are not quite 1, in products.
+        self.rounding = max(2e-6, 1e-7 * codes.values.shape[1] ** 0.5)
         furthest = float(codes.cut.max())
         self.reach = own.step * _LEVELS + furthest
         off = codes.length * (_DEVIATIONS * frame.step)
@@ -258,7 +259,7 @@ class CodedColumns(Columns):
 
     def floor(self, queries: Queries, numbers: torch.Tensor, least: float) -> NDArray[np.int32]:
         """Return products below which no column is as similar as `least` to a row."""
-        steps = torch.floor((least - _ROUNDING - numbers) / self.unit).clamp_(
+        steps = torch.floor((least - self.rounding - numbers) / self.unit).clamp_(
             -_MOST_STEPS, _MOST_STEPS
         )
         return np.asarray(steps.int().cpu().numpy() - queries.slack // 2 - 1, dtype=np.int32)
@@ -266,7 +267,7 @@ class CodedColumns(Columns):
     def coded_queries(self, codes: Codes) -> Queries:
         """Return rows as queries by their codes alone."""
         # The product of both errors is below a quarter of the steps' product in each dimension.
-        both = self.unit * codes.values.shape[1] / 4 + _ROUNDING
+        both = self.unit * codes.values.shape[1] / 4 + self.rounding
         off = codes.length * (_DEVIATIONS * self.own.step) + codes.cut * self.reach + both
         return Queries(codes.values, (2 * _steps(off, self.unit)).cpu().numpy())
 

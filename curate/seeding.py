@@ -97,7 +97,7 @@ def _plus_plus(
 
 def _integers(rows: Rows, sample: NDArray[np.int64]) -> torch.Tensor:
     """Return rows less their mean as int8, the same in any order: sums on the grid are exact."""
-    parts = np.array_split(sample, 1 + len(sample) // rows.block_rows(0))
+    parts = np.array_split(sample, -(-len(sample) // rows.block_rows(0)))
     total = torch.zeros(rows.d, dtype=torch.float64, device=rows.device)
     low = torch.full((rows.d,), torch.inf, device=rows.device)
     high = -low

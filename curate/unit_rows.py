@@ -235,8 +235,10 @@ def unit_centroids(vectors: NDArray[Any]) -> NDArray[np.float32]:
             "the centroids that curate.kmeans.fit returned, or leave that one out"
         )
     steps = wide * CENTROID_GRID
-    # Dividing again by a length that rounding left at 1 + 1e-8 could move a value by one step.
-    settled = (np.abs(lengths - 1) < 1e-5) & (steps == np.rint(steps)).all(axis=1)
+    # Dividing again by a length that rounding left at 1 + 1e-8 could move a value by one step. No
+    # more than rounding leaves: near ties are decided by products that take centroids for unit.
+    close = 1.001 * 2.0**-25 * np.sqrt(wide.shape[1])
+    settled = (np.abs(lengths - 1) < close) & (steps == np.rint(steps)).all(axis=1)
     scale = np.where(settled, 1.0, lengths)[:, None]
     return np.asarray(np.rint(steps / scale) / CENTROID_GRID, dtype=np.float32)
 

@@ -1,7 +1,7 @@
 """The array kernels of pruning against FAISS and the published algorithm, in one run.
 
 Prints Markdown for RESULTS.md: the ratio of the medians of several repeats, taken in turn.
-Run on an idle machine: ``python tests/benchmarks/bench_kernels.py [rows]``.
+Run on an idle machine: ``python -m tests.benchmarks.bench_kernels [rows]``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,22 @@ def pool(rows: int, seed: int = 0) -> np.ndarray:
     return x.astype(np.float16)
 
 
+def spread_pool(rows: int, seed: int = 0) -> np.ndarray:
+    """Rows without clusters, as hard as they get: a common mean, variances that fall off slowly."""
+    rng = np.random.default_rng(seed)
+    scale = 4 * (1 + np.arange(DIMENSIONS)) ** -0.6
+    turn = np.linalg.qr(rng.normal(size=(DIMENSIONS, DIMENSIONS)))[0]
+    turn = (scale[:, None] * turn).astype(np.float32)
+    mean = 0.3 * rng.standard_normal(DIMENSIONS, dtype=np.float32)
+    mean[7] = 6.0  # CLIP's embeddings have such a dimension
+    x = np.empty((rows, DIMENSIONS), dtype=np.float16)
+    for start in range(0, rows, 100_000):
+        part = x[start : start + 100_000]
+        wide = rng.standard_normal(part.shape, dtype=np.float32) @ turn + mean
+        part[:] = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return x
+
+
 def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -64,46 +80,82 @@ def published_dedup(x: np.ndarray, cluster: np.ndarray, distance: np.ndarray) ->
     return removed
 
 
-def main() -> None:
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
-    x = pool(rows)
+def measure(name: str, x: np.ndarray) -> None:
+    """Print a row for each kernel."""
     wide = x.astype(np.float32)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "faiss-cpu", "numpy"))
-    sys.stdout.write(
-        f"{rows:,} x {DIMENSIONS} float16, {os.cpu_count()} cores, {platform.machine()}, "
-        f"{versions}; median of {REPEATS}\n\n"
-        "| what | ours | baseline | ratio | spread |\n|---|---|---|---|---|\n"
-    )
+    objective = {}
 
     def fit_faiss() -> None:
-        faiss.Kmeans(
+        trainer = faiss.Kmeans(
             DIMENSIONS,
             CLUSTERS,
             niter=ITERATIONS,
             spherical=True,
             seed=0,
-            max_points_per_centroid=rows,
-        ).train(wide)
+            max_points_per_centroid=len(x),
+        )
+        trainer.train(wide)
+        objective["FAISS"] = float(trainer.index.search(wide, 1)[0].mean())
+
+    def fit(label: str, **options: float) -> None:
+        objective[label] = kmeans.fit(x, CLUSTERS, **options).objective
 
     compare(
-        f"k-means, k={CLUSTERS}, {ITERATIONS} iterations over all rows; faiss.Kmeans",
-        lambda: kmeans.fit(x, CLUSTERS, iterations=ITERATIONS),
+        f"{name}: k-means, k={CLUSTERS}, {ITERATIONS} iterations over all rows; faiss.Kmeans",
+        lambda: fit("ours", iterations=ITERATIONS, tolerance=0.0),
         fit_faiss,
     )
-    centroids = kmeans.fit(x, CLUSTERS, iterations=3).centroids
+    compare(
+        f"{name}: k-means, k={CLUSTERS}, our defaults; {ITERATIONS} iterations of faiss.Kmeans",
+        lambda: fit("our defaults"),
+        fit_faiss,
+    )
+    centroids = kmeans.fit(x, CLUSTERS).centroids
     index = faiss.IndexFlatIP(DIMENSIONS)
     index.add(centroids)
     compare(
-        f"assignment to {CLUSTERS} centroids; faiss.IndexFlatIP.search",
+        f"{name}: assignment to {CLUSTERS} centroids; faiss.IndexFlatIP.search",
         lambda: kmeans.assign(x, centroids),
         lambda: index.search(wide, 1),
     )
     cluster, distance = kmeans.assign(x, centroids)
     compare(
-        f"duplicates in {CLUSTERS} clusters, max-earlier; the published algorithm",
+        f"{name}: duplicates in {CLUSTERS} clusters, max-earlier; the published algorithm",
         lambda: dedup.find_duplicates(x, cluster, distance),
         lambda: published_dedup(x, cluster, distance),
     )
+    means = ", ".join(f"{who} {value:.4f}" for who, value in objective.items())
+    notes.append(f"{name}: mean cosine similarity after k-means: {means}")
+
+
+def measure_many_centroids(x: np.ndarray) -> None:
+    """Assign a tenth of the rows to 50,000 others."""
+    some, centroids = x[: len(x) // 10], x[-50_000:].astype(np.float32)
+    index = faiss.IndexFlatIP(DIMENSIONS)
+    index.add(centroids)
+    wide = some.astype(np.float32)
+    compare(
+        f"assignment of {len(some):,} rows to 50,000 centroids; faiss.IndexFlatIP.search",
+        lambda: kmeans.assign(some, centroids),
+        lambda: index.search(wide, 1),
+    )
+
+
+notes: list[str] = []
+
+
+def main() -> None:
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "faiss-cpu", "numpy"))
+    sys.stdout.write(
+        f"{rows:,} x {DIMENSIONS} float16, {os.cpu_count()} cores, {platform.machine()}, "
+        f"{versions}, {kmeans.product_type('cpu')} products; median of {REPEATS}\n\n"
+        "| what | ours | baseline | ratio | spread |\n|---|---|---|---|---|\n"
+    )
+    measure("clusters", pool(rows))
+    measure("no clusters", spread_pool(rows))
+    measure_many_centroids(pool(rows))
+    sys.stdout.write("\n" + "\n".join(notes) + "\n")
 
 
 if __name__ == "__main__":
