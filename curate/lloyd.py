@@ -203,8 +203,8 @@ class Lloyd:
         """Return the exact cosine distance of each row to its own centroid."""
         rows = self.rows
         distance = np.empty(rows.n, dtype=np.float32)
-        c = torch.from_numpy(self.centroids).to(rows.device)
-        lengths = lengths64(c.double())
+        c = torch.from_numpy(self.centroids).to(rows.device).double()
+        lengths = lengths64(c)
 
         def work(start: int) -> None:
             stored = rows.raw(slice(start, min(start + step, rows.n)))
@@ -212,7 +212,8 @@ class Lloyd:
                 wide = rows.widen(stored[first : first + rows.query_rows], None).double()
                 at = slice(start + first, start + first + len(wide))
                 own = torch.from_numpy(self.cluster[at]).to(rows.device).long()
-                similarity = row_dots(wide, c[own].double()) / (lengths64(wide) * lengths[own])
+                dots = row_dots(wide, c.index_select(0, own))
+                similarity = dots / (lengths64(wide) * lengths[own])
                 distance[at] = on_grid(1.0 - similarity, 0.0).cpu().numpy()
 
         step = self._part_rows(rows.n)
