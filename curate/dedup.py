@@ -290,8 +290,18 @@ def _per_cluster(
 
 
 def _max_earlier(ranked: RankedRows, least: float) -> Evidence:
-    every = np.arange(ranked.size)
-    return ranked.best(every, every, later, least)
+    first = ranked.firsts()
+    distinct = np.flatnonzero(first == np.arange(ranked.size))
+    nearest = np.full(ranked.size, -1, dtype=np.int64)
+    similarity = np.full(ranked.size, np.nan, dtype=np.float32)
+    nearest[distinct], similarity[distinct] = ranked.best(distinct, distinct, later, least)
+    # A copy's nearest is the first of its kind, or what that one is as similar to: a picture that
+    # hosts serve in place of a million deleted ones is compared once.
+    copies = np.flatnonzero(first != np.arange(ranked.size))
+    kind = first[copies]
+    nearest[copies] = np.where(similarity[kind] == 1.0, nearest[kind], kind)
+    similarity[copies] = 1.0
+    return nearest, similarity
 
 
 def _greedy(ranked: RankedRows, threshold: float) -> Evidence:

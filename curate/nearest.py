@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from curate.proposals import CodedColumns, Codes, Columns, Exact, Frame, nearest, product_type
+from curate.runtime import rng
 from curate.unit_rows import Rows
 
 Ranks = NDArray[np.int64]
@@ -91,6 +92,21 @@ class RankedRows:
             return self._held[int(ranks[0]) : int(ranks[-1]) + 1]
         return self._held.index_select(0, torch.from_numpy(ranks).to(self._held.device))
 
+    def firsts(self) -> Ranks:
+        """Return for each rank the first rank of a row that is equal to its row."""
+        codes = np.empty(self.size, dtype=np.uint64)
+        for start in range(0, self.size, self._tile):
+            tile = np.arange(start, min(start + self._tile, self.size))
+            codes[tile] = _hashes(self.read(tile))
+        _, first, group = np.unique(codes, return_index=True, return_inverse=True)
+        first = first[group]
+        copies = np.flatnonzero(first != np.arange(self.size))
+        for start in range(0, len(copies), self._tile):
+            some = copies[start : start + self._tile]
+            equal = (self.read(some) == self.read(first[some])).all(dim=1).cpu().numpy()
+            first[some[~equal]] = some[~equal]
+        return first
+
     def best(
         self, queries: Ranks, columns: Ranks, forbidden: Forbidden, least: float = -1.0
     ) -> Evidence:
@@ -163,6 +179,13 @@ class RankedRows:
 def _unit(rows: torch.Tensor) -> torch.Tensor:
     unit: torch.Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return unit
+
+
+def _hashes(rows: torch.Tensor) -> NDArray[np.uint64]:
+    """Return one number per row, the same for equal rows, another for nearly all others."""
+    words = rows.cpu().numpy().view(np.uint32).astype(np.uint64)
+    factors = rng(0, "equal rows").integers(0, 2**64, words.shape[1], dtype=np.uint64)
+    return np.asarray(np.einsum("ij,j->i", words, factors))
 
 
 def later(queries: Ranks, columns: Ranks) -> NDArray[np.bool_] | bool:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.dedup import MODES, duplicate_evidence, find_duplicates, threshold_duplicates
+from curate.proposals import Exact
 from tests.references import dedup_reference
 
 
@@ -284,3 +285,20 @@ def test_near_ties_in_high_dimension_are_decided_exactly(mode):
         ),
         dedup_reference.find_duplicates(x, cluster, distance, 1e-6, mode),
     )
+
+
+def test_many_copies_of_one_row_cost_no_exact_products(monkeypatch):
+    x = planted(0, 40, d=16, clusters=1)[0]
+    x = np.concatenate([x, np.repeat(x[3:4], 3000, axis=0)])[
+        np.random.default_rng(0).permutation(3040)
+    ]
+    cluster, distance = np.zeros(3040, np.int32), np.zeros(3040, np.float32)
+    read = []
+    monkeypatch.setattr(Exact, "dense", lambda *args: read.append(args))
+    pairs = Exact.pairs
+    monkeypatch.setattr(Exact, "pairs", lambda *a: read.append(len(a[1])) or pairs(*a))
+    duplicate_of, evidence = find_duplicates(x, cluster, distance, device="cpu")
+    copy = (x == x[(duplicate_of >= 0).argmax()]).all(axis=1)
+    assert (evidence[np.flatnonzero(copy)[1:]] == 1).all()
+    assert len(set(duplicate_of[np.flatnonzero(copy)[1:]])) == 1
+    assert sum(read) < 200
