@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from curate.fast_blocks import TextTower, is_causal, speed_up
 from curate.model_sources import Network, build_network
 from curate.runtime import resolve_device
+
+T = TypeVar("T")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Matrix kernels work in tiles of 16 rows or a divisor of it. With whole tiles every row takes the
 # same path (0 of 750 rows differ, tests/curate/test_encoder.py); a batch of 7 changed 27 of 66.
 _TILE = 16
+# Texts run in groups of like length: a text's own length decides its group, so that its vector does
+# not depend on the others. Small steps compute less padding, large ones fill whole runs sooner.
+_STEPS = {"cpu": 4}
+_STEP = 16
 
 
 class Encoder(Protocol):
@@ -42,6 +50,10 @@ class Encoder(Protocol):
     def fingerprint(self) -> str:
         """A sha256 of all that changes the vectors: model, weights, precision, preprocessing."""
 
+    @property
+    def rows_at_once(self) -> int:
+        """The number of images to encode together, for speed; vectors do not depend on it."""
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Turn an RGB image into the model's (3, height, width) input; safe in threads."""
 
@@ -55,9 +67,11 @@ class Encoder(Protocol):
 class TorchEncoder:
     """An `Encoder` on a torch model of open_clip or timm.
 
-    The model always runs on exactly `batch_size` rows, the last batch padded, since matrix kernels
-    for other shapes round differently: so a row's vector does not depend on its neighbours, on its
-    place, or on how many rows were asked for together.
+    The model always runs on the same number of rows, the last ones padded, since matrix kernels for
+    other shapes round differently: so a row's vector does not depend on its neighbours, on its
+    place, or on how many rows were asked for together. On CUDA that number is `batch_size`. On a
+    CPU it is 16, and each run has one core to itself: nothing waits at the end of each operation,
+    and vectors depend neither on `batch_size` nor on the number of threads.
 
     Parameters
     ----------
@@ -70,11 +84,11 @@ class TorchEncoder:
     precision : {"fp32", "bf16", "fp16"}
         The type that the network was built in; vectors are normalised in float32.
     batch_size : int
-        Rows per run, rounded up to a multiple of 16.
+        Rows per run on CUDA, rounded up to a multiple of 16.
 
     Attributes
     ----------
-    name, width, has_text, fingerprint
+    name, width, has_text, fingerprint, rows_at_once
         See `Encoder`.
     device, precision, batch_size
         As resolved.
@@ -96,6 +110,20 @@ class TorchEncoder:
         self._module = network.module.eval().requires_grad_(False)
         # Convolutions run faster with the channels innermost; a ViT does not mind.
         self._module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on_cpu = device.type == "cpu"
+        self._run_rows = _TILE if on_cpu else self.batch_size
+        self._layout = torch.channels_last
+        if on_cpu and speed_up(self._module):
+            self._layout = torch.contiguous_format
+        causal = self.has_text and is_causal(self._module)
+        self._text = TextTower(self._module, fast=on_cpu) if causal else None
+
+    @property
+    def rows_at_once(self) -> int:
+        """The number of images to encode together: on a CPU enough for all of its cores."""
+        if self.device.type != "cpu":
+            return self.batch_size
+        return max(self.batch_size, _TILE * torch.get_num_threads())
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """Turn an image into the model's input, by the model's own validation transform.
@@ -130,10 +158,11 @@ class TorchEncoder:
 
         def forward(rows: torch.Tensor) -> torch.Tensor:
             rows = rows.to(self.device, _DTYPES[self.precision], non_blocking=True)
-            features: torch.Tensor = encode(rows.contiguous(memory_format=torch.channels_last))
+            features: torch.Tensor = encode(rows.contiguous(memory_format=self._layout))
             return features
 
-        return self._run(forward, batch)
+        spans = range(0, len(batch), self._run_rows)
+        return self._run([(slice(at, at + self._run_rows), batch) for at in spans], forward)
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the texts' embeddings.
@@ -158,19 +187,54 @@ class TorchEncoder:
             raise ValueError(f"{self.name} encodes images only; texts need a model of open_clip")
         if not texts:
             return np.empty((0, self.width), np.float32)
-        encode: Any = self._module.encode_text
-        return self._run(lambda rows: encode(rows.to(self.device)), tokenizer(list(texts)))
+        tokens = tokenizer(list(texts))
+        if self._text is None:
+            encode: Any = self._module.encode_text
+            return self._run(self._grouped(tokens, None), lambda rows: encode(rows.to(self.device)))
+        tower, ends = self._text, self._text.ends(tokens)
+
+        def forward(rows: torch.Tensor) -> torch.Tensor:
+            rows = rows.to(self.device)
+            return tower(rows[:, 1:], rows[:, 0])
+
+        # The end goes along as a column of its own: cut tokens need not show it any more.
+        return self._run(self._grouped(torch.column_stack([ends, tokens]), ends), forward)
+
+    def _grouped(
+        self, tokens: torch.Tensor, ends: torch.Tensor | None
+    ) -> list[tuple[NDArray[np.int64], torch.Tensor]]:
+        """Return runs of texts of like length: their places, and all tokens cut to that length."""
+        context = tokens.shape[1]
+        lengths = np.full(len(tokens), context)
+        if ends is not None:
+            step = _STEPS.get(self.device.type, _STEP)
+            # One more column, which is the end itself.
+            lengths = np.minimum((ends.numpy() // step + 1) * step + 1, context)
+        runs = []
+        for length in np.unique(lengths)[::-1]:  # the longest first: the cores end together
+            places = np.flatnonzero(lengths == length)
+            for at in range(0, len(places), self._run_rows):
+                runs.append((places[at : at + self._run_rows], tokens[:, :length]))
+        return runs
 
     def _run(
-        self, forward: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor
+        self,
+        runs: Sequence[tuple[slice | NDArray[np.int64], torch.Tensor]],
+        forward: Callable[[torch.Tensor], torch.Tensor],
     ) -> NDArray[np.float32]:
-        vectors = np.empty((len(rows), self.width), np.float32)
-        with torch.inference_mode(), _exact_kernels(self.device):
-            for start in range(0, len(rows), self.batch_size):
-                chunk = rows[start : start + self.batch_size]
-                features = forward(_padded(chunk, self.batch_size)).float()
-                unit = torch.nn.functional.normalize(features, dim=-1)[: len(chunk)]
-                vectors[start : start + len(chunk)] = unit.cpu().numpy()
+        """Run the model on some rows of a tensor at a time, each on a core of its own."""
+        vectors = np.empty((len(runs[0][1]) if runs else 0, self.width), np.float32)
+
+        def work(run: tuple[slice | NDArray[np.int64], torch.Tensor]) -> None:
+            places, rows = run
+            chosen = rows[places]
+            with torch.inference_mode():
+                features = forward(_padded(chosen, self._run_rows)).float()
+                unit = torch.nn.functional.normalize(features, dim=-1)[: len(chosen)]
+                vectors[places] = unit.cpu().numpy()
+
+        with _exact_kernels(self.device):
+            _on_each_core(work, runs, self.device)
         return vectors
 
 
@@ -198,9 +262,11 @@ def load_encoder(
     device : str or torch.device
         See `curate.runtime.resolve_device`.
     precision : {"auto", "fp32", "bf16", "fp16"}
-        ``"auto"`` is fp32 on the CPU and bf16 on CUDA, or fp16 where the device lacks bf16.
+        ``"auto"`` is bf16 on CUDA, or fp16 where the device lacks bf16; on the CPU it is bf16 where
+        the CPU multiplies bf16 (AVX512-BF16 or AMX), and fp32 elsewhere.
     batch_size : int, optional
-        Rows per run of the model, rounded up to a multiple of 16; 32 on the CPU and 256 on CUDA.
+        Rows per run of the model on CUDA, rounded up to a multiple of 16; 256 by default. On the
+        CPU a run is 16 rows, and this has no effect on vectors.
 
     Returns
     -------
@@ -235,7 +301,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
     Examples
     --------
-    >>> resolve_precision("auto", torch.device("cpu"))
+    >>> resolve_precision("fp32", torch.device("cpu"))
     'fp32'
     """
     if precision not in PRECISIONS:
@@ -244,9 +310,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise ValueError("precision fp16 is for GPUs; on the CPU use fp32, or bf16")
     if precision != "auto":
         return precision
+    if device.type == "cpu":
+        return "bf16" if _cpu_multiplies_bf16() else "fp32"
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Tell whether bf16 is faster than float32 here; without AVX512-BF16 or AMX it is slower."""
+    tests = (
+        getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
+    )
+    return any(test is not None and test() for test in tests)
 
 
 def _fingerprint(network: Network, precision: str) -> str:
@@ -259,6 +335,24 @@ def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:
     if len(rows) == size:
         return rows
     return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
+
+
+def _on_each_core(work: Callable[[T], None], items: Sequence[T], device: torch.device) -> None:
+    """Call a function on each item: on a CPU by as many threads as torch has, each on one core.
+
+    A sum that torch splits over threads depends on how many there are; here none is split.
+    """
+    cores = torch.get_num_threads()
+    if device.type != "cpu" or cores == 1:
+        for item in items:
+            work(item)
+        return
+    try:
+        with ThreadPoolExecutor(cores, "encode", torch.set_num_threads, (1,)) as pool:
+            for _ in pool.map(work, items):
+                pass
+    finally:
+        torch.set_num_threads(cores)  # a part of what the threads set is the process's
 
 
 @contextmanager

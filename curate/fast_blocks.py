@@ -40,7 +40,10 @@ def speed_up(network: nn.Module) -> bool:
     one = visual.pool_type == "tok" and visual.attn_pool is None and not visual.output_tokens
     blocks = visual.transformer.resblocks
     for number, block in enumerate(blocks):
-        blocks[number] = Block(block, first_only=one and number == len(blocks) - 1)
+        last = one and number == len(blocks) - 1
+        blocks[number] = LastBlock(block) if last else Block(block)
+    if _cuts_patches(visual.conv1):
+        visual.conv1 = _Patches(visual.conv1)
     return True
 
 
@@ -61,14 +64,10 @@ class TextTower:
     def __init__(self, network: nn.Module, *, fast: bool) -> None:
         self._tower: Any = _text_part(network)
         self._mask: torch.Tensor = self._tower.attn_mask
-        blocks = list(self._tower.transformer.resblocks)
+        *blocks, last = self._tower.transformer.resblocks
+        self._dtype: torch.dtype = self._tower.transformer.get_cast_dtype()
         self._blocks = [Block(block) for block in blocks] if fast else blocks
-        self._fast = fast
-
-    @property
-    def context(self) -> int:
-        """The most tokens that the tower reads."""
-        return len(self._mask)
+        self._last = LastBlock(last) if fast else last
 
     def ends(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return (b,) int64: the place of the token whose vector is the text's, for (b, c) ids."""
@@ -85,17 +84,15 @@ class TextTower:
         ends : (b,) int64
             What `ends` gave.
         """
-        tower, length = self._tower, tokens.shape[1]
-        dtype = tower.transformer.get_cast_dtype() if not self._fast else self._blocks[0].dtype
+        tower, length, dtype = self._tower, tokens.shape[1], self._dtype
         x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
         mask = self._mask[:length, :length].to(dtype)
-        for block in self._blocks[:-1]:
+        for block in self._blocks:
             x = block(x, attn_mask=mask)
-        rows = torch.arange(len(x), device=x.device)
-        if self._fast:
-            pooled = self._blocks[-1].at(x, ends, mask)
+        if isinstance(self._last, LastBlock):
+            pooled = self._last.at(x, ends, mask)
         else:
-            pooled = self._blocks[-1](x, attn_mask=mask)[rows, ends]
+            pooled = self._last(x, attn_mask=mask)[torch.arange(len(x), device=x.device), ends]
         features = tower.ln_final(pooled)
         projection = tower.text_projection
         if isinstance(projection, nn.Linear):
@@ -111,18 +108,19 @@ def is_causal(network: nn.Module) -> bool:
     It takes a text transformer of open_clip with the causal mask, nothing added to the text, and
     the embedding read at the end of text.
     """
-    from open_clip.model import CLIP
+    from open_clip.model import CLIP, CustomTextCLIP
     from open_clip.transformer import TextTransformer
 
     tower: Any = _text_part(network)
-    if type(network) is not CLIP and type(tower) is not TextTransformer:
+    separate = type(network) is CustomTextCLIP and type(tower) is TextTransformer
+    if type(network) is not CLIP and not separate:
         return False
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "output_tokens", False):
         return False
-    if getattr(tower, "use_pad_mask", False) or _pooling(tower)[0] not in ("argmax", "eos"):
-        return False
     mask = tower.attn_mask
-    if mask is None or not _all_plain(tower.transformer):
+    if _pooling(tower)[0] not in ("argmax", "eos") or mask is None:
+        return False
+    if not _all_plain(tower.transformer):
         return False
     hidden = torch.full_like(mask, float("-inf")).triu_(1)
     return len(mask) == len(tower.positional_embedding) and torch.equal(mask, hidden)
@@ -178,50 +176,28 @@ class Block(nn.Module):
     ----------
     block : open_clip.transformer.ResidualAttentionBlock
         Whose weights these are.
-    first_only : bool
-        Whether to compute the first token only, which still sees the others.
-
-    Attributes
-    ----------
-    dtype : torch.dtype
-        Of the weights, and of the tokens.
     """
 
-    def __init__(self, block: Any, *, first_only: bool = False) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         attention, (first, activation, second) = block.attn, block.mlp
-        self.first_only, self.heads = first_only, int(attention.num_heads)
-        self.dtype: torch.dtype = first.weight.dtype
+        self.heads = int(attention.num_heads)
         self._norms = block.ln_1, block.ln_2
         self._scales = block.ls_1, block.ls_2
         exact = _is_exact_gelu(activation)
         self._activation = nn.Identity() if exact else activation
-        weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, first.in_features
-        self._inputs = _Linear(weight, bias)
-        self._query = _Linear(weight[:width], bias[:width])
-        self._others = _Linear(weight[width:], bias[width:])
+        self._take_inputs(attention.in_proj_weight, attention.in_proj_bias)
         self._out = _Linear(attention.out_proj.weight, attention.out_proj.bias)
         self._first = _Linear(first.weight, first.bias, gelu=exact)
         self._second = _Linear(second.weight, second.bias)
 
+    def _take_inputs(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self._inputs = _Linear(weight, bias)
+
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Return (b, t, width) tokens, or (b, 1, width) of the first one only."""
-        if self.first_only:
-            return self.at(x, torch.zeros(len(x), dtype=torch.int64), attn_mask)[:, None]
+        """Return (b, t, width) tokens for as many; the (t, t) mask is added to the similarities."""
         query, key, value = self._inputs(_normed(x, self._norms[0])).chunk(3, dim=-1)
         return self._rest(x, self._attended(query, key, value, attn_mask))
-
-    def at(
-        self, x: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return (b, width): of each row the token at that place, which sees the others."""
-        rows = torch.arange(len(x))
-        normed = _normed(x, self._norms[0])
-        key, value = self._others(normed).chunk(2, dim=-1)
-        query = self._query(normed[rows, places])[:, None]
-        if mask is not None:
-            mask = mask[places][:, None, None]
-        return self._rest(x[rows, places][:, None], self._attended(query, key, value, mask))[:, 0]
 
     def _attended(
         self,
@@ -232,17 +208,73 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """Attend with plain products: for so few tokens, torch's fused kernels take longer."""
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value)
+            part.reshape(*part.shape[:2], self.heads, -1).transpose(1, 2)
+            for part in (query, key, value)
         )
         similarity = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             similarity = similarity + mask
-        return (similarity.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+        attended: torch.Tensor = similarity.softmax(dim=-1) @ v
+        return attended.transpose(1, 2).flatten(2)
 
     def _rest(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         x = x + self._scales[0](self._out(attended))
         hidden = self._activation(self._first(_normed(x, self._norms[1])))
         return x + self._scales[1](self._second(hidden))  # type: ignore[no-any-return]
+
+
+class LastBlock(Block):
+    """A block that computes one token of each row, which still sees the others."""
+
+    def _take_inputs(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        width = weight.shape[1]
+        self._query = _Linear(weight[:width], bias[:width])
+        self._others = _Linear(weight[width:], bias[width:])
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return (b, 1, width): the first token."""
+        return self.at(x, torch.zeros(len(x), dtype=torch.int64), attn_mask)[:, None]
+
+    def at(
+        self, x: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return (b, width): of each row the token at that place."""
+        rows = torch.arange(len(x))
+        normed = _normed(x, self._norms[0])
+        key, value = self._others(normed).chunk(2, dim=-1)
+        query = self._query(normed[rows, places])[:, None]
+        if mask is not None:
+            mask = mask[places][:, None, None]
+        return self._rest(x[rows, places][:, None], self._attended(query, key, value, mask))[:, 0]
+
+
+class _Patches(nn.Module):
+    """A convolution whose windows tile the image, as one product."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.kernel_size = convolution.kernel_size
+        self._linear = _Linear(convolution.weight.flatten(1), None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (b, width, rows, columns) for (b, 3, height, width) pixels."""
+        height, width = self.kernel_size
+        across, down = x.shape[3] // width, x.shape[2] // height
+        x = x[:, :, : down * height, : across * width]
+        parts = x.reshape(len(x), x.shape[1], down, height, across, width)
+        found = self._linear(parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        return found.transpose(1, 2).reshape(len(x), -1, down, across)
+
+
+def _cuts_patches(convolution: nn.Module) -> bool:
+    return (
+        type(convolution) is nn.Conv2d
+        and convolution.stride == convolution.kernel_size
+        and convolution.padding == (0, 0)
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.bias is None
+    )
 
 
 def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
@@ -253,18 +285,24 @@ def _normed(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
 class _Linear:
     """A linear layer on bfloat16 weights in oneDNN's own layout, or on others as they are."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, gelu: bool = False) -> None:
-        self._weight, self._bias, self._gelu = weight.detach(), bias.detach(), gelu
-        self._packed = _packed(self._weight)
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False
+    ) -> None:
+        packed = _packed(weight.detach())
+        self._is_packed, self._gelu = packed is not None, gelu
+        self._weight = weight.detach() if packed is None else packed
+        self._bias = None if bias is None else bias.detach()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
+        if not self._is_packed:
             product = functional.linear(x, self._weight, self._bias)
             return functional.gelu(product) if self._gelu else product
         rows = x.reshape(-1, x.shape[-1])
-        attribute = ("gelu", [], "none") if self._gelu else ("none", [], "")
-        found = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, *attribute)
-        return found.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
+        kind, algorithm = ("gelu", "none") if self._gelu else ("none", "")
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self._weight, self._bias, kind, [], algorithm
+        )
+        return found.reshape(*x.shape[:-1], -1)
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor | None:

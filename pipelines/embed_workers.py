@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from curate.encoder import Encoder
 
 DEFAULT_MODEL = "ViT-B-32"
+# Captions are sorted by length before they run; enough of them leave few runs half empty.
+_TEXTS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,6 @@ class EncoderSpec:
     precision: str = "fp32"
     batch_size: int = 64
     max_pixels: int = 89_478_485
-
-    @property
-    def rows_per_pass(self) -> int:
-        """The batch size as the encoder rounds it, so that no pass is padded but the last."""
-        return -(-self.batch_size // 16) * 16
 
     def params(self) -> dict[str, Any]:
         """Return what changes the result: local files by their content, not by their place."""
@@ -150,6 +147,7 @@ class EmbedWorker:
 
         numbers: list[int] = []
         tensors: list[torch.Tensor] = []
+        rows_at_once = self.encoder.rows_at_once
 
         def flush() -> None:
             vectors, good = unit_float16(self.encoder.encode_images(torch.stack(tensors)))
@@ -164,7 +162,7 @@ class EmbedWorker:
             if tensor is not None:
                 numbers.append(row)
                 tensors.append(tensor)
-            if len(numbers) == self.spec.rows_per_pass:
+            if len(numbers) == rows_at_once:
                 flush()
             self.advance(1)
         if numbers:
@@ -175,7 +173,7 @@ class EmbedWorker:
     ) -> Iterator[tuple[str, str | None, torch.Tensor | None]]:
         """Decode ahead of the encoder by a few batches, never by a whole shard."""
         pending: deque[Future[tuple[str, str | None, torch.Tensor | None]]] = deque()
-        rows = min(self.spec.rows_per_pass, 256)
+        rows = min(self.encoder.rows_at_once, 256)
         for batch in self.pool.samples(self.pool.shards[shard], rows=rows):
             texts += batch["text"].to_pylist()
             for data, why in zip(batch["image"], batch["detail"], strict=True):
@@ -203,8 +201,8 @@ class EmbedWorker:
         if not self.encoder.has_text or self.pool.mapping.text is None:
             return None, status
         out = np.zeros((len(texts), self.encoder.width), dtype=np.float16)
-        for start in range(0, len(there), self.spec.rows_per_pass):
-            rows = there[start : start + self.spec.rows_per_pass]
+        for start in range(0, len(there), _TEXTS_AT_ONCE):
+            rows = there[start : start + _TEXTS_AT_ONCE]
             vectors, good = unit_float16(self.encoder.encode_texts([str(texts[r]) for r in rows]))
             out[rows] = vectors
             for row in np.asarray(rows)[~good]:

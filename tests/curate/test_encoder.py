@@ -1,6 +1,7 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from curate.encoder import load_encoder, resolve_precision
 from curate.errors import ModelError
+from curate.fast_blocks import TextTower
 
 CONFIG = {
     "embed_dim": 32,
@@ -46,7 +48,7 @@ def weights_file(config_file, trained):
 
 @pytest.fixture(scope="module")
 def encoder(config_file, weights_file):
-    return load_encoder(str(config_file), str(weights_file), device="cpu", batch_size=16)
+    return load_exact(config_file, weights_file, batch_size=16)
 
 
 @pytest.fixture
@@ -56,6 +58,12 @@ def no_hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
+
+
+def load_exact(model, weights, **options):
+    """In float32, which "auto" is not on every CPU."""
+    options = {"device": "cpu", "precision": "fp32", **options}
+    return load_encoder(str(model), weights and str(weights), **options)
 
 
 def images(n, size=32, seed=0):
@@ -122,30 +130,113 @@ class TestOpenClip:
         assert before == (list(logging.getLogger().handlers), list(logging.getLogger().filters))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 class TestBatches:
-    """A row's vector does not depend on its batch; batch sizes are whole tiles for that."""
+    """A row's vector depends on the row: not on its batch, the batch size or the threads."""
+
+    @pytest.fixture
+    def load(self, config_file, weights_file, precision):
+        return partial(load_exact, config_file, weights_file, precision=precision)
 
     @pytest.mark.parametrize("batch_size", [1, 24, 64])
-    def test_images_bit_for_bit(self, config_file, weights_file, batch_size):
-        encoder = load_encoder(
-            str(config_file), str(weights_file), device="cpu", batch_size=batch_size
-        )
+    def test_images_bit_for_bit(self, load, batch_size):
+        encoder = load(batch_size=batch_size)
         assert encoder.batch_size % 16 == 0
         batch = images(130)
-        reference = encoder.encode_images(batch)
+        reference = load(batch_size=32).encode_images(batch)
         for seed in range(3):
             order = np.random.default_rng(seed).permutation(130)[: 130 - 17 * seed]
             assert np.array_equal(encoder.encode_images(batch[order]), reference[order])
         for row in (0, 1, 77, 129):
             assert np.array_equal(encoder.encode_images(batch[row : row + 1])[0], reference[row])
 
-    def test_texts_bit_for_bit(self, encoder):
+    def test_texts_bit_for_bit(self, load):
+        encoder = load(batch_size=16)
         texts = [f"a photo of number {i}" + " and more" * (i % 5) for i in range(50)]
         reference = encoder.encode_texts(texts)
         order = np.random.default_rng(0).permutation(50)[:41]
         assert np.array_equal(encoder.encode_texts([texts[i] for i in order]), reference[order])
         assert np.array_equal(encoder.encode_texts(texts[7:8])[0], reference[7])
+        assert np.array_equal(load(batch_size=64).encode_texts(texts), reference)
 
+    def test_any_number_of_threads(self, load):
+        encoder, batch = load(batch_size=16), images(70)
+        reference = encoder.encode_images(batch), encoder.encode_texts(TEXTS)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert encoder.rows_at_once == 16 * threads
+            assert np.array_equal(encoder.encode_images(batch), reference[0])
+            assert np.array_equal(encoder.encode_texts(TEXTS), reference[1])
+            assert torch.get_num_threads() == threads
+
+    def test_a_run_has_one_core_to_itself(self, load, monkeypatch):
+        """Large products would differ in their last bits if more threads shared them."""
+        seen = []
+        run = TextTower.__call__
+
+        def watched(tower, tokens, ends):
+            seen.append((torch.get_num_threads(), len(tokens)))
+            return run(tower, tokens, ends)
+
+        monkeypatch.setattr(TextTower, "__call__", watched)
+        torch.set_num_threads(2)
+        load().encode_texts(["one"] * 40)
+        assert seen == [(1, 16)] * 3
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_a_run_that_fails_is_told(self, load, threads):
+        torch.set_num_threads(threads)
+        with pytest.raises(RuntimeError):
+            load().encode_images(images(40, size=16))
+        assert torch.get_num_threads() == threads
+
+
+class TestTexts:
+    """Texts run in groups of like length."""
+
+    def test_many_lengths_equal_open_clips_own(self, encoder, trained):
+        import open_clip
+
+        texts = [" ".join(["word"] * (i * 7 % 19)) for i in range(60)]
+        with torch.inference_mode():
+            tokens = open_clip.SimpleTokenizer(context_length=16)(texts)
+            expected = trained.encode_text(tokens, normalize=True).numpy()
+        np.testing.assert_allclose(encoder.encode_texts(texts), expected, atol=2e-6)
+
+    def test_a_text_is_cut_at_its_own_end(self, config_file, weights_file, monkeypatch):
+        """Begin and end and 3 words are 5 tokens, of which 8 are computed, of 16."""
+        seen = []
+        run = TextTower.__call__
+
+        def watched(tower, tokens, ends):
+            seen.append((tuple(tokens.shape), sorted(set(ends.tolist()))))
+            return run(tower, tokens, ends)
+
+        monkeypatch.setattr(TextTower, "__call__", watched)
+        encoder = load_exact(config_file, weights_file, batch_size=64)
+        encoder.encode_texts(["one two three"] * 17 + ["", "word " * 30, "one two"])
+        assert seen == [((16, 16), [15]), ((16, 8), [4]), ((16, 8), [4]), ((16, 4), [1, 3])]
+
+    def test_texts_that_look_ahead_run_whole(self, tmp_path):
+        import open_clip
+        from open_clip.model import CLIP
+
+        config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "no_causal_mask": True}}
+        (tmp_path / "both.json").write_text(json.dumps(config))
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = CLIP(**config).eval()
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors"
+        )
+        got = load_exact(tmp_path / "both.json", tmp_path / "w.safetensors").encode_texts(TEXTS)
+        with torch.inference_mode():
+            tokens = open_clip.SimpleTokenizer(context_length=16)(TEXTS)
+            expected = model.encode_text(tokens, normalize=True).numpy()
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+class TestBatchSize:
     def test_batch_size_must_be_positive(self, config_file, weights_file):
         with pytest.raises(ValueError, match="at least 1"):
             load_encoder(str(config_file), str(weights_file), device="cpu", batch_size=0)
@@ -160,7 +251,7 @@ class TestFiles:
         elif layout == "compiled":
             state = {f"module._orig_mod.{k}": v for k, v in state.items()}
         torch.save(state, tmp_path / "weights.pt")
-        got = load_encoder(str(config_file), str(tmp_path / "weights.pt"), device="cpu")
+        got = load_exact(config_file, tmp_path / "weights.pt")
         np.testing.assert_allclose(
             got.encode_images(images(3)), encoder.encode_images(images(3)), atol=2e-6
         )
@@ -168,7 +259,7 @@ class TestFiles:
     def test_float16_file(self, tmp_path, config_file, trained, encoder):
         state = {k: v.half().contiguous() for k, v in trained.state_dict().items()}
         save_file(state, tmp_path / "half.safetensors")
-        got = load_encoder(str(config_file), str(tmp_path / "half.safetensors"), device="cpu")
+        got = load_exact(config_file, tmp_path / "half.safetensors")
         assert got.precision == "fp32"
         np.testing.assert_allclose(
             got.encode_images(images(3)), encoder.encode_images(images(3)), atol=5e-3
@@ -182,7 +273,7 @@ class TestFiles:
         with pytest.raises(ModelError, match=r"has 0 \.safetensors files"):
             load_encoder(f"{prefix}{tmp_path}", device="cpu")
         (tmp_path / "model.safetensors").write_bytes(weights_file.read_bytes())
-        got = load_encoder(f"{prefix}{tmp_path}", device="cpu", batch_size=16)
+        got = load_exact(f"{prefix}{tmp_path}", None, batch_size=16)
         assert np.array_equal(got.encode_images(images(3)), encoder.encode_images(images(3)))
         white = got.preprocess(Image.new("RGB", (9, 9), "white"))
         assert torch.equal(white, torch.ones(3, 32, 32))
@@ -222,7 +313,7 @@ class TestRandom:
 class TestFingerprint:
     def test_follows_what_changes_vectors(self, tmp_path, config_file, weights_file, encoder):
         def fingerprint(model=config_file, weights=weights_file, **options):
-            return load_encoder(str(model), str(weights), device="cpu", **options).fingerprint
+            return load_exact(model, weights, **options).fingerprint
 
         moved = tmp_path / "other-name.json"
         moved.write_text(json.dumps(CONFIG))
@@ -242,12 +333,26 @@ class TestFingerprint:
 class TestPrecision:
     def test_resolve(self):
         cpu = torch.device("cpu")
-        assert resolve_precision("auto", cpu) == "fp32"
+        assert resolve_precision("fp32", cpu) == "fp32"
         assert resolve_precision("bf16", cpu) == "bf16"
         with pytest.raises(ValueError, match="fp16 is for GPUs"):
             resolve_precision("fp16", cpu)
         with pytest.raises(ValueError, match="use auto, fp32, bf16, fp16"):
             resolve_precision("double", cpu)
+
+    @pytest.mark.parametrize(
+        ("bf16", "amx", "expected"),
+        [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")],
+    )
+    def test_auto_on_the_cpu(self, monkeypatch, bf16, amx, expected):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        assert resolve_precision("auto", torch.device("cpu")) == expected
+
+    def test_auto_where_torch_does_not_tell(self, monkeypatch):
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+        assert resolve_precision("auto", torch.device("cpu")) == "fp32"
 
     def test_bf16_on_the_cpu(self, config_file, weights_file, encoder):
         got = load_encoder(str(config_file), str(weights_file), device="cpu", precision="bf16")
@@ -322,7 +427,7 @@ class TestWithoutNetwork:
         with pytest.raises(ModelError, match=r"hf-hub:me/tiny .*failed"):
             load_encoder("hf-hub:me/tiny", device="cpu")
         (snapshot / "open_clip_model.safetensors").write_bytes(weights_file.read_bytes())
-        got = load_encoder("hf-hub:me/tiny", device="cpu", batch_size=16)
+        got = load_exact("hf-hub:me/tiny", None, batch_size=16)
         assert np.array_equal(got.encode_images(images(3)), encoder.encode_images(images(3)))
         assert np.array_equal(got.encode_texts(TEXTS), encoder.encode_texts(TEXTS))
 
@@ -359,6 +464,7 @@ class TestTimm:
             "timm:vit_tiny_patch16_224",
             str(tmp_path / "weights.safetensors"),
             device="cpu",
+            precision="fp32",
             batch_size=16,
         )
         batch = images(2, size=224)

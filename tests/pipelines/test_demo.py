@@ -121,6 +121,7 @@ def test_the_toolkits_encoder_loads_the_saved_model_and_agrees_with_it(scans, tm
         str(tmp_path / demo_model.CONFIG_FILE),
         str(tmp_path / demo_model.WEIGHTS_FILE),
         device="cpu",
+        precision="fp32",
     )
     images = [decode(demo_pool._saved(image, "PNG")).image for image in held_out.images[:8]]
     inputs = torch.stack([encoder.preprocess(image) for image in images])

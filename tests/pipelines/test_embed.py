@@ -66,7 +66,11 @@ def test_agrees_with_open_clip_itself(make_pool: MakePool, tmp_path: Path, tiny_
     weights = tmp_path / "weights.safetensors"
     save_file(model.state_dict(), weights)
     found = pipelines.embed(
-        make_pool(table), out=tmp_path / "emb", encoder=str(tiny_clip), pretrained=str(weights)
+        make_pool(table),
+        out=tmp_path / "emb",
+        encoder=str(tiny_clip),
+        pretrained=str(weights),
+        precision="fp32",
     )
     picture = decode(table["image"][0].as_py()["bytes"]).image
     tokens = open_clip.get_tokenizer("tiny")(["picture 0 of cat"])
@@ -221,7 +225,7 @@ def test_another_model_is_refused_by_name(
 ) -> None:
     pool = make_pool(image_table(60))
     options = {"keep": 0.3, "out": tmp_path / "run", "epsilon": 1e-5}
-    pipelines.prune(pool, model=str(tiny_clip), pretrained="none", **options)
+    pipelines.prune(pool, model=str(tiny_clip), pretrained="none", precision="fp32", **options)
     with pytest.raises(FingerprintError, match=r"model .*tiny.*ViT-B-32"):
         pipelines.prune(pool, model="ViT-B-32", pretrained="none", **options)
     with pytest.raises(FingerprintError, match=r"precision .*fp32.*bf16"):

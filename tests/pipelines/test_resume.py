@@ -191,7 +191,7 @@ def test_k_means_goes_on_where_it_was_killed(
     """Its checkpoints are minutes apart; here there is one after every iteration."""
     monkeypatch.setattr(stages, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     pool = make_pool(embedded_table(600, groups=30))
-    options = {"keep": 0.3, "clusters": 25, "dedup_clusters": 5}
+    options = {"keep": 0.3, "clusters": 25, "dedup_clusters": 5, "kmeans_tolerance": 0}
     pipelines.prune(pool, out=tmp_path / "whole", **options)
     write, written = stages.write_array, []
 
