@@ -196,8 +196,11 @@ class ShardedRows:
 
         The system still keeps what the files hold.
         """
-        rows = len(range(*key.indices(len(self)))) if isinstance(key, slice) else len(key)
-        self._touched += rows * self.shape[1] * self.dtype.itemsize
+        width = self.shape[1] * self.dtype.itemsize
+        if isinstance(key, slice):
+            self._touched += len(range(*key.indices(len(self)))) * width
+        else:  # each row maps the pages that it lies in
+            self._touched += len(key) * max(width, mmap.PAGESIZE)
         if self._touched < _MOST_MAPPED:
             return
         self._touched = 0

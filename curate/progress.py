@@ -21,10 +21,14 @@ _SECONDS_BETWEEN_LINES = 5.0
 _mode: Mode = "silent"
 
 
-def show(mode: Mode) -> None:
-    """Choose how progress is shown in this process: not at all, as log lines, or as a bar."""
+def show(mode: Mode) -> Mode:
+    """Choose how progress is shown in this process: not at all, as log lines, or as a bar.
+
+    Returns what was chosen before.
+    """
     global _mode
-    _mode = mode
+    before, _mode = _mode, mode
+    return before
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from cyclopts import App, Group, Parameter
 from pipelines.config import CoresetConfig, DownloadConfig, EmbedConfig, PruneConfig
 from pipelines.distill_config import DistillConfig
 from pipelines.finished_config import DemoConfig, ExplainConfig, ExportConfig, ReportConfig
+from pipelines.plan_config import PlanConfig
 
 if TYPE_CHECKING:
     from curate.selection import Selection
@@ -143,6 +144,21 @@ def distill(config: DistillConfig, *, messages: Messages | None = None) -> int:
     from pipelines.distilling import describe_run, run_distill
 
     return _write(describe_run(run_distill(config)))
+
+
+@app.command
+def plan(config: PlanConfig, *, messages: Messages | None = None) -> int:
+    """Say what curate prune with the same flags would cost here, after measuring for a while.
+
+    Prints rows, bytes, memory and time of each step; one JSON object with --log-format json. Nothing
+    is left on the disk.
+    """
+    _set_up(messages)
+    from pipelines.plan import run_plan
+
+    found = run_plan(config)
+    as_json = _default(messages).log_format == "json"
+    return _write(found.to_json() if as_json else found.to_text())
 
 
 @app.command

@@ -140,9 +140,9 @@ class ModelConfig:
     embeddings
         Use this folder of embeddings instead of computing them (ours, or clip-retrieval's layout).
     batch_size
-        Rows per forward pass.
+        Rows per forward pass on a GPU; a CPU runs 16 on each core.
     precision
-        auto is fp32 on a CPU and bf16 on a GPU.
+        auto is bf16 on a GPU and on a CPU with AVX512-BF16 or AMX, else fp32.
     max_pixels
         Images with more pixels are not decoded.
     """

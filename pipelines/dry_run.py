@@ -96,7 +96,8 @@ def describe_distill(config: DistillConfig) -> str:
         *_head(pool, config.pool),
         f"classes   {len(labels.names):,} in {labels.column}, {labels.counts.min():,} to "
         f"{labels.counts.max():,} rows each",
-        f"decode    {size} x {size} pixels, {_bytes(int(labels.counts.sum()) * size * size * 3)}",
+        f"decode    {size} x {size} pixels, "
+        f"{bytes_text(int(labels.counts.sum()) * size * size * 3)}",
         f"squeeze   {', '.join(config.network)}, {config.squeeze_epochs:,} epochs",
         f"recover   {images:,} images ({config.ipc} per class) by {recipe.name}, "
         f"{recipe.iterations:,} steps",
@@ -115,8 +116,8 @@ def _index_line(pool: Pool) -> str:
 
 def _tail(pool: Pool, budget: int, out: Path) -> list[str]:
     return [
-        f"export    {budget:,} rows, about {_bytes(pool.nbytes * budget // len(pool))}",
-        f"writes    {out} (ledger about {_bytes(len(pool) * _LEDGER_BYTES)})",
+        f"export    {budget:,} rows, about {bytes_text(pool.nbytes * budget // len(pool))}",
+        f"writes    {out} (ledger about {bytes_text(len(pool) * _LEDGER_BYTES)})",
         "nothing was written: this was a dry run",
     ]
 
@@ -124,7 +125,7 @@ def _tail(pool: Pool, budget: int, out: Path) -> list[str]:
 def _head(pool: Pool, name: str) -> list[str]:
     return [
         f"pool      {name}: {len(pool):,} rows in {len(pool.shards):,} shards, "
-        f"{_bytes(pool.nbytes)}",
+        f"{bytes_text(pool.nbytes)}",
         f"columns   {pool.mapping.describe()}",
     ]
 
@@ -141,7 +142,9 @@ def _embed_line(pool: Pool, source: Source) -> str:
         return f"embed     nothing to do: {source.path}"
     width = source.rows_of(pool.shards[0])[0].shape[1]
     size = len(pool) * width * 2
-    return f"embed     import {len(pool):,} x {width} embeddings ({source.kind}), {_bytes(size)}"
+    return (
+        f"embed     import {len(pool):,} x {width} embeddings ({source.kind}), {bytes_text(size)}"
+    )
 
 
 def _score_line(pool: Pool, source: Source, config: PruneConfig) -> str:
@@ -153,12 +156,12 @@ def _score_line(pool: Pool, source: Source, config: PruneConfig) -> str:
     return f"score     CLIP score from {origin}; the top {fraction:.3f} of the survivors stays"
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
     """Return a size for people.
 
     Examples
     --------
-    >>> _bytes(900), _bytes(27_500_000)
+    >>> bytes_text(900), bytes_text(27_500_000)
     ('900 B', '27.5 MB')
     """
     if count < 1000:

@@ -97,7 +97,7 @@ def run_prune(config: PruneConfig, opened: Pool | None = None) -> Selection:
         run = open_step(out, **identity, overwrite=config.overwrite, keep_content=True)
         if not (run.complete and is_whole(run)):
             executor = make_executor(config.executor, config.workers, config.device)
-            _Prune(config, pool, source, run, executor).run()
+            PruneRun(config, pool, source, run, executor).run()
         else:
             check_enough(run.manifest, allow_fewer=config.allow_fewer, lower="--keep")
             logger.info("%s is complete already; nothing to do", out)
@@ -131,7 +131,7 @@ def check_failed(selection: Selection, max_failed: float) -> None:
         )
 
 
-class _Prune:
+class PruneRun:
     """One run; the methods are its stages, in their order."""
 
     def __init__(

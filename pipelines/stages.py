@@ -127,6 +127,11 @@ def dedup_clusters(config: PruneConfig, rows: int) -> int:
     return 1 if rows <= _PAIRS_EXACTLY else round(math.sqrt(rows / 4))
 
 
+def dedup_fit_rows(clusters: int) -> int:
+    """Return from how many rows, where there are more, the centroids of that many clusters come."""
+    return max(_FIT_ROWS, _FIT_ROWS_PER_CLUSTER * clusters)
+
+
 def dedup_step(
     rows: PoolRows,
     embeddings: Embeddings,
@@ -210,7 +215,7 @@ def _evidence(
         config,
         label="clusters for dedup",
         note=step.record,
-        fit_rows=max(_FIT_ROWS, _FIT_ROWS_PER_CLUSTER * k),
+        fit_rows=dedup_fit_rows(k),
     )
     priority: NDArray[np.float64] | None = None
     if keep == "clip-score" and score is not None:

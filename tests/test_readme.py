@@ -49,7 +49,7 @@ def test_every_command_is_there() -> None:
     verbs = set(re.findall(r"curate ([a-z]+) --", README)) | {"demo"}
     assert verbs <= set(app)
     flags = set(re.findall(r"`(--[a-z-]+)", README))
-    configs = ("config.py", "distill_config.py", "finished_config.py")
+    configs = [f"{name}config.py" for name in ("", "distill_", "finished_", "plan_")]
     source = "config log_format".join((REPOSITORY / "pipelines" / c).read_text() for c in configs)
     assert {flag[2:].replace("-", "_") for flag in flags} <= set(re.findall(r"[a-z_]+", source))
 
