@@ -150,8 +150,8 @@ def distill(config: DistillConfig, *, messages: Messages | None = None) -> int:
 def plan(config: PlanConfig, *, messages: Messages | None = None) -> int:
     """Say what curate prune with the same flags would cost here, after measuring for a while.
 
-    Prints rows, bytes, memory and time of each step; one JSON object with --log-format json. Nothing
-    is left on the disk.
+    Prints rows, bytes, memory and time of each step, as one JSON object with --log-format json.
+    Nothing is left on the disk.
     """
     _set_up(messages)
     from pipelines.plan import run_plan
