@@ -106,7 +106,7 @@ def _unit_block(x: NDArray[np.floating]) -> tuple[NDArray[np.float16], NDArray[n
     # Float32 holds the square of any embedding that a model makes; what it cannot hold is infinite
     # and hence not good.
     with np.errstate(over="ignore", invalid="ignore"):
-        wide = np.asarray(x, dtype=np.float32)
+        wide = _float32(x)
         norm = np.sqrt(np.einsum("ij,ij->i", wide, wide))
         rows = np.array(x, dtype=np.float16)
     good = np.isfinite(norm) & (norm > 1e-12)
@@ -116,6 +116,15 @@ def _unit_block(x: NDArray[np.floating]) -> tuple[NDArray[np.float16], NDArray[n
     scale = good & (np.abs(norm - 1) > _UNIT)
     rows[scale] = (wide[scale] / norm[scale, None]).astype(np.float16)
     return rows, good
+
+
+def _float32(x: NDArray[np.floating]) -> NDArray[np.float32]:
+    if x.dtype != np.float16:
+        return np.asarray(x, dtype=np.float32)
+    import torch  # ten times as fast as NumPy here
+
+    wide: NDArray[np.float32] = torch.from_numpy(np.array(x)).float().numpy()
+    return wide
 
 
 class ShardedRows:

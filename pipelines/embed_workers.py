@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from curate.embeddings import (
@@ -237,17 +238,21 @@ class ImportWorker:
             )
         vectors, good = unit_float16(image)
         uids = read_part(self.index, shard, ["uid"])["uid"]
-        why = "the embedding is zero or not finite"
-        status, detail = np.where(good, OK, BAD_EMBEDDING), np.where(good, "", why)
         text_vectors, text_good = (None, np.zeros(len(good), bool))
         if text is not None:
             text_vectors, text_good = unit_float16(text)
         columns = [
             uids,
-            pa.array(status.tolist(), pa.string()),
-            pa.array(detail.tolist(), pa.string(), mask=good),
-            pa.array(np.where(text_good, OK, MISSING).tolist(), pa.string()),
+            _either(good, OK, BAD_EMBEDDING),
+            _either(good, None, "the embedding is zero or not finite"),
+            _either(text_good, OK, MISSING),
         ]
         metadata = pa.table(columns, names=["uid", "status", "detail", "text_status"])
         write_embedding_part(self.out, shard, image=vectors, text=text_vectors, metadata=metadata)
         return ShardReport(shard, len(vectors))
+
+
+def _either(which: NDArray[np.bool_], yes: str | None, no: str | None) -> pa.Array:
+    """Return a column of two texts."""
+    texts = (pa.scalar(text, pa.string()) for text in (yes, no))
+    return pc.if_else(pa.array(which), *texts)
