@@ -279,7 +279,7 @@ def _per_cluster(
         nearest[members] = np.where(ranks >= 0, members[ranks], -1)
         evidence[members] = similarity
 
-    most = rows.block_rows(0)
+    most = 8 * rows.block_rows(0)  # above it, one cluster has blocks for many threads
     with full_float32(), in_threads(rows.device) as each:
         # Small clusters side by side; the blocks of a large one.
         each(partial(work, each=one_by_one), [c for c in clusters if len(c) <= most])
