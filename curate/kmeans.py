@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from curate.clusters import Clusters
+from curate.codes import product_type
 from curate.kmeans_faiss import fit_faiss
 from curate.lloyd import Checkpoint, Lloyd, Progress
-from curate.proposals import product_type
 from curate.seeding import start
 from curate.unit_rows import Rows, RowSource, full_float32, row_identity, unit_centroids
 

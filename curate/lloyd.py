@@ -10,18 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curate.proposals import (
+from curate.codes import (
     CodedColumns,
     Codes,
     Columns,
-    Exact,
     Frame,
-    Numbers,
     Queries,
     encoded,
-    nearest,
     product_type,
 )
+from curate.search import Exact, Numbers, nearest
 from curate.threads import in_threads
 from curate.unit_rows import Rows, lengths64, on_grid, row_dots, unit_centroids
 
@@ -98,8 +96,11 @@ class Lloyd:
 
     def _part_rows(self, n: int) -> int:
         """Return the rows of a part: several parts per thread, of whole tiles."""
+        most = self.rows.block_rows(0)
+        if self.rows.device.type != "cpu":  # there are no threads, and each part is waited for
+            return most
         even = n // (4 * torch.get_num_threads()) // 512 * 512
-        return max(1, min(max(512, even), _PART_ROWS, self.rows.block_rows(0)))
+        return min(max(512, even), _PART_ROWS, most)
 
     def _look_at(
         self,

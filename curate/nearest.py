@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curate.proposals import CodedColumns, Codes, Columns, Exact, Frame, nearest, product_type
+from curate.codes import CodedColumns, Codes, Columns, Frame, product_type
 from curate.runtime import rng
+from curate.search import Exact, nearest
 from curate.unit_rows import Rows
 
 Ranks = NDArray[np.int64]

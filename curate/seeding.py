@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from curate.codes import exact_int_product
 from curate.lloyd import Lloyd
-from curate.proposals import exact_int_product
 from curate.runtime import rng
 from curate.threads import one_thread
 from curate.unit_rows import ROW_GRID, Rows, mixed_keys, unit_centroids

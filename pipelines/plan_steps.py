@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from curate.codes import product_type
 from curate.embeddings import Embeddings
 from curate.lloyd import CODE_BYTES
 from curate.pool import Pool
-from curate.proposals import product_type
 from curate.runtime import resolve_device
 from pipelines import stages
 from pipelines.embed_workers import EncoderSpec

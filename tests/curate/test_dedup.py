@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate.dedup import MODES, duplicate_evidence, find_duplicates, threshold_duplicates
-from curate.proposals import Exact
+from curate.search import Exact
 from tests.references import dedup_reference
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from curate import proposals
+from curate import codes, search
 from tests.conftest import REPOSITORY
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -69,11 +69,11 @@ def test_search_by_the_kernel_equals_that_by_tiles(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(300, 24, generator=generator), dim=1)
     c = torch.cat((x[:30], x[:10], x[20:40] + 1e-3))  # copies, near copies
-    columns = proposals.encoded(c, proposals.Frame.of(x))
+    columns = codes.encoded(c, codes.Frame.of(x))
     queries = columns.queries(x)
-    exact = proposals.Exact(lambda row: x[row], lambda column: c[column], 64, rounded=False)
-    fused = proposals._fused(columns, queries, exact, (32, 16))
-    tiled = proposals._tiled(columns, queries, exact, (32, 16))
+    exact = search.Exact(lambda row: x[row], lambda column: c[column], 64, rounded=False)
+    fused = search._fused(columns, queries, exact, (32, 16))
+    tiled = search._tiled(columns, queries, exact, (32, 16))
     assert np.array_equal(fused.column, tiled.column)
     np.testing.assert_array_equal(fused.similarity, tiled.similarity)
     assert (fused.gap > 0).sum() > 50

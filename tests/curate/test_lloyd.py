@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate import kmeans, lloyd, nearest, proposals, seeding
+from curate import codes, kmeans, lloyd, nearest, search, seeding
 from curate.kmeans import assign, fit
 from curate.lloyd import Lloyd
 from curate.runtime import row_keys
@@ -15,7 +15,7 @@ TYPES = ("int8", "float32")
 
 
 def use(monkeypatch, kind):
-    for module in (proposals, lloyd, nearest, kmeans):
+    for module in (codes, lloyd, nearest, kmeans):
         monkeypatch.setattr(module, "product_type", lambda device: kind)
 
 
@@ -219,7 +219,7 @@ def test_an_outlier_dimension_does_not_need_exact_products(monkeypatch):
     x = pool(clip_like, 3000, 512)
     centroids = unit_centroids(x[:100])
     settled, compared = [], []
-    plain_pairs, plain_near = proposals.Exact.pairs, proposals.Exact.near_best
+    plain_pairs, plain_near = search.Exact.pairs, search.Exact.near_best
 
     def pairs(self, row, column):
         settled.append(len(np.unique(row)))
@@ -229,9 +229,9 @@ def test_an_outlier_dimension_does_not_need_exact_products(monkeypatch):
         compared.append(len(row))
         return plain_near(self, row, column)
 
-    monkeypatch.setattr(proposals.Exact, "pairs", pairs)
-    monkeypatch.setattr(proposals.Exact, "near_best", near_best)
-    monkeypatch.setattr(proposals.Exact, "dense", None)  # not needed at all
+    monkeypatch.setattr(search.Exact, "pairs", pairs)
+    monkeypatch.setattr(search.Exact, "near_best", near_best)
+    monkeypatch.setattr(search.Exact, "dense", None)  # not needed at all
     got = assign(x, centroids, device="cpu")
     assert sum(settled) < 0.02 * len(x) and sum(compared) < 0.05 * len(x) * len(centroids)
     cluster, distance = lloyd_reference.assign(x.astype(np.float64), centroids.astype(np.float64))

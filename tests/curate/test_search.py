@@ -5,10 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from curate import kmeans, lloyd, proposals
+from curate import codes as code_module
+from curate import kmeans, lloyd
 from curate import nearest as nearest_rows
+from curate.codes import CodedColumns, Columns, Frame, encoded, exact_int_product
 from curate.dedup import MODES, find_duplicates
-from curate.proposals import CodedColumns, Columns, Exact, Frame, encoded, exact_int_product
+from curate.search import Exact, nearest
 from curate.unit_rows import DISTANCE_GRID, ROW_GRID, unit_centroids
 from tests.references import dedup_reference
 
@@ -16,7 +18,7 @@ TYPES = ("int8", "float32")
 
 
 def use(monkeypatch, kind):
-    for module in (proposals, lloyd, nearest_rows, kmeans):
+    for module in (code_module, lloyd, nearest_rows, kmeans):
         monkeypatch.setattr(module, "product_type", lambda device: kind)
 
 
@@ -140,13 +142,13 @@ def test_no_product_is_off_by_more_than_its_slack(family, d, own):
 def test_the_slack_holds_for_any_frame(seed, d, family, own, narrow):
     x, sample = problem(family, 20, d, seed)
     frame = Frame.of(sample)
-    frame = Frame(frame.centre, proposals._step(narrow * 127 * frame.step), frame.dither)
+    frame = Frame(frame.centre, code_module._step(narrow * 127 * frame.step), frame.dither)
     assert excess(x, x.flip(0), frame, own=own).max() <= 0
 
 
 def test_nothing_is_clipped_but_what_is_cut_off():
     d = 512
-    frame = Frame(torch.zeros(d), 1e-3, proposals._dither("rows", torch.zeros(d)))
+    frame = Frame(torch.zeros(d), 1e-3, code_module._dither("rows", torch.zeros(d)))
     x = torch.zeros((4, d))
     x[1, 0], x[1, 1], x[2], x[3, frame.dither.argmin()] = 0.2, -0.130, 0.127, 0.1274
     codes = frame.encode(x)
@@ -162,7 +164,7 @@ def test_nothing_is_clipped_but_what_is_cut_off():
 def test_errors_of_one_value_are_uniform(value):
     """Whatever the value, also at the frame's border: over the dither of 4096 dimensions."""
     d, step = 4096, 1e-3
-    frame = Frame(torch.zeros(d), step, proposals._dither("rows", torch.zeros(d)))
+    frame = Frame(torch.zeros(d), step, code_module._dither("rows", torch.zeros(d)))
     codes = frame.encode(torch.full((1, d), value * step))
     inside = min(value, 127.0)  # the rest is cut off
     error = inside - (codes.values[0].double() - frame.dither.double()).numpy()
@@ -232,11 +234,11 @@ def test_exact_int_products_are_the_same_for_every_type(kind, d, monkeypatch):
 def test_shapes_are_padded_for_cuda():
     for m, d, k in ((1, 1, 1), (5, 13, 3), (40, 64, 8)):
         a, b = (torch.empty((n, d), dtype=torch.int8, device="meta") for n in (m, k))
-        assert proposals._int_product(a, b).shape == (m, k)
+        assert code_module._int_product(a, b).shape == (m, k)
 
 
 def test_product_type_follows_the_processor(monkeypatch):
-    decide = proposals.product_type.__wrapped__
+    decide = code_module.product_type.__wrapped__
     for flag in ("_is_vnni_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, flag, lambda: False, raising=False)
     assert decide("cpu") == "float32"
@@ -258,7 +260,7 @@ def similarities(x, c, *, rounded):
     return np.clip(np.round(s * DISTANCE_GRID) / DISTANCE_GRID, -1, 1) if rounded else s
 
 
-def search(x, c, sample, kind, tile, *, rounded, mask=None, least=None):
+def found_by(x, c, sample, kind, tile, *, rounded, mask=None, least=None):
     """`nearest` as k-means calls it, and, `rounded`, as the search for duplicates does."""
     exact = Exact(
         lambda rows: x[torch.from_numpy(rows)],
@@ -274,9 +276,9 @@ def search(x, c, sample, kind, tile, *, rounded, mask=None, least=None):
         columns, queries, numbers = coded(x, c, Frame.of(sample), own=not rounded)
         if least is not None:
             floor = columns.floor(queries, numbers, least)
-            queries = proposals.Queries(queries.values, queries.slack, floor)
+            queries = code_module.Queries(queries.values, queries.slack, floor)
     hidden = None if mask is None else (lambda rows, part: as_asked(mask[rows, part]))
-    return proposals.nearest(columns, queries, exact, tile, hidden)
+    return nearest(columns, queries, exact, tile, hidden)
 
 
 def as_asked(mask):
@@ -331,7 +333,7 @@ def test_nearest_equals_brute_force(kind, rounded, seed, d, n, k, family, tile, 
     c = torch.from_numpy(float32(both[n:]) if rounded else unit_centroids(both[n:]))
     g = np.random.default_rng(seed)
     mask = np.zeros((n, k), bool) if hide is None else g.random((n, k)) < hide
-    found = search(
+    found = found_by(
         *(x, c, sample, kind, tile), rounded=rounded, mask=None if hide is None else mask,
         least=least if kind == "int8" else None,
     )  # fmt: skip
@@ -346,7 +348,7 @@ def test_more_near_ties_than_fast_products_can_tell(kind, rounded):
     both = unit(g.standard_normal((1, 512)) + 3e-5 * g.standard_normal((700, 512)))
     both[350:450] = both[330:430]
     x, c = torch.from_numpy(float32(both[:400])), torch.from_numpy(unit_centroids(both[300:]))
-    found = search(x, c, x, kind, (64, 128), rounded=rounded)
+    found = found_by(x, c, x, kind, (64, 128), rounded=rounded)
     s = similarities(x, c, rounded=rounded)
     check(found, s, np.zeros(s.shape, bool))
     assert (~np.isnan(found.similarity)).mean() > 0.9  # what it takes
@@ -356,9 +358,9 @@ def test_tiles_do_not_change_the_gap_and_clear_rows_have_one():
     x, sample = problem(random, 150, 256, 0)
     c, _ = problem(random, 65, 256, 1)
     x[:65] = torch.nn.functional.normalize(c + 0.5 * x[:65])
-    expected = search(x, c, sample, "int8", (1000, 1000), rounded=False).gap
+    expected = found_by(x, c, sample, "int8", (1000, 1000), rounded=False).gap
     for tile in ((1, 1), (9, 1), (50, 64), (150, 13)):  # 65 = 64 + 1
-        got = search(x, c, sample, "int8", tile, rounded=False).gap
+        got = found_by(x, c, sample, "int8", tile, rounded=False).gap
         assert np.array_equal(got, expected)
     top = np.sort(similarities(x, c, rounded=False), axis=1)
     assert (expected[:65] > 0.8 * (top[:65, -1] - top[:65, -2])).all()
