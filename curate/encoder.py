@@ -16,7 +16,7 @@ from PIL import Image
 
 from curate.fast_blocks import TextTower, is_causal, speed_up
 from curate.model_sources import Network, build_network
-from curate.runtime import resolve_device
+from curate.runtime import cpu_multiplies_bf16, resolve_device
 
 T = TypeVar("T")
 
@@ -311,18 +311,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cpu":
-        return "bf16" if _cpu_multiplies_bf16() else "fp32"
+        return "bf16" if cpu_multiplies_bf16() else "fp32"
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Tell whether bf16 is faster than float32 here; without AVX512-BF16 or AMX it is slower."""
-    tests = (
-        getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
-    )
-    return any(test is not None and test() for test in tests)
 
 
 def _fingerprint(network: Network, precision: str) -> str:

@@ -119,3 +119,18 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
                 f"device {device!r} cannot compute here; use --device cpu, or 'auto'"
             ) from error
     return resolved
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Tell whether bf16 is faster than float32 on this CPU: without AVX512-BF16 or AMX it is not.
+
+    Returns
+    -------
+    bool
+    """
+    import torch
+
+    tests = (
+        getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")
+    )
+    return any(test is not None and test() for test in tests)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
+from curate.runtime import cpu_multiplies_bf16
 from distill.features import classifier
 from distill.recipes import Recipe
 from distill.statistics import Moments, RealStatistics, Taps
@@ -29,16 +30,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
         If the precision is unknown.
     """
     if precision == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bfloat16())
+        fast = device.type == "cuda" or (device.type == "cpu" and cpu_multiplies_bf16())
         return torch.bfloat16 if fast else torch.float32
     if precision not in _TYPES:
         raise ValueError(f"precision {precision!r} is not one of auto, {', '.join(_TYPES)}")
     return _TYPES[precision]
-
-
-def _cpu_has_bfloat16() -> bool:
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
 
 
 class Prepared:

@@ -367,7 +367,7 @@ def _failure(error: BaseException) -> tuple[int | None, str]:
     from curate.errors import BudgetError, CurateError
 
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; the same command continues where it stopped"
+        return INTERRUPTED, "interrupted; a command that writes a folder continues when run again"
     if isinstance(error, MemoryError):
         return FAILED, "out of memory; a smaller --batch-size or fewer --workers need less"
     if isinstance(error, RuntimeError):

@@ -46,6 +46,7 @@ from pipelines.coreset_params import (
 from pipelines.executor import Executor, make_executor
 from pipelines.ledger import Fates, undecodable
 from pipelines.outputs import check_out, default_out, with_paths
+from pipelines.pool_rows import PoolRows, nullable, row_set_fingerprint
 from pipelines.runs import check_enough, embed_rows, finish_run, index_rows, is_whole
 from pipelines.source import (
     Source,
@@ -56,7 +57,6 @@ from pipelines.source import (
     resolve_source,
     source_fingerprint,
 )
-from pipelines.stages import PoolRows, nullable, row_set_fingerprint
 
 logger = logging.getLogger(__name__)
 

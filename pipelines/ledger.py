@@ -17,7 +17,8 @@ from curate.manifest import StepFolder, atomic_path, open_step
 from curate.prune import Pruning
 from curate.selection import LEDGER
 from curate.shards import missing_parts, write_parquet, write_part
-from pipelines.stages import Clustered, Duplicates, PoolRows, nullable, row_set_fingerprint
+from pipelines.pool_rows import PoolRows, nullable, row_set_fingerprint
+from pipelines.stages import Clustered, Duplicates
 
 
 @dataclass

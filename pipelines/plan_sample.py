@@ -32,11 +32,11 @@ from pipelines.executor import LocalExecutor
 from pipelines.indexing import read_uids
 from pipelines.plan_config import PlanConfig
 from pipelines.plan_kernels import Line, peak_memory, timed
+from pipelines.pool_rows import PoolRows
 from pipelines.prune_params import result_params
 from pipelines.pruning import PruneRun
 from pipelines.reporting import write_report
 from pipelines.source import Source, describe_source, source_fingerprint
-from pipelines.stages import PoolRows
 
 _SAMPLE_ROWS, _SAMPLE_BYTES = 131_072, 512 << 20  # two shards without images, where there are
 _PIXELS_PER_BYTE = 3.0  # of a photograph as JPEG, roughly

@@ -27,6 +27,7 @@ from pipelines.config import PruneConfig
 from pipelines.executor import Executor, make_executor
 from pipelines.ledger import Evidence, Fates, undecodable, write_ledger
 from pipelines.outputs import check_out, default_out, with_paths
+from pipelines.pool_rows import PoolRows
 from pipelines.prune_params import clip_fraction, exact_budget, prune_options, result_params
 from pipelines.runs import check_enough, embed_rows, finish_run, index_rows, is_whole
 from pipelines.scoring import score_source, score_step
@@ -38,7 +39,7 @@ from pipelines.source import (
     resolve_source,
     source_fingerprint,
 )
-from pipelines.stages import Clustered, Duplicates, PoolRows
+from pipelines.stages import Clustered, Duplicates
 
 logger = logging.getLogger(__name__)
 

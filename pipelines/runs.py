@@ -20,8 +20,8 @@ from pipelines.executor import Executor
 from pipelines.exporting import export_pool
 from pipelines.indexing import index_pool, read_uids
 from pipelines.ledger import Fates
+from pipelines.pool_rows import PoolRows
 from pipelines.source import Source, check_embeddings, pool_path
-from pipelines.stages import PoolRows
 
 
 def is_whole(run: StepFolder) -> bool:

@@ -15,7 +15,7 @@ from curate.progress import task
 from curate.scores import clip_scores
 from curate.shards import missing_parts, write_part
 from pipelines.config import PruneConfig
-from pipelines.stages import PoolRows, floats, nullable
+from pipelines.pool_rows import PoolRows, floats, nullable
 
 
 def score_source(pool: Pool, embeddings: Embeddings, config: PruneConfig) -> str | None:

@@ -6,12 +6,11 @@ shards again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,11 @@ from numpy.typing import NDArray
 from curate import dedup, kmeans
 from curate.embeddings import Embeddings
 from curate.manifest import StepFolder, open_step
-from curate.pool import Pool
 from curate.progress import task
-from curate.runtime import row_keys
-from curate.shards import missing_parts, read_array, read_parts, write_array, write_part
+from curate.shards import missing_parts, read_array, write_array
 from curate.unit_rows import mixed_keys
 from pipelines.config import PruneConfig
-from pipelines.indexing import uid_ranks
+from pipelines.pool_rows import PoolRows, floats, nullable, row_set_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -37,70 +34,6 @@ _SECONDS_BETWEEN_CHECKPOINTS = 30.0  # of k-means, which can run for hours
 # The clusters of the dedup step only bring near-copies together: centroids from a sample do that
 # as well as those from all rows. (The concept clusters that rows are pruned by use every row.)
 _FIT_ROWS, _FIT_ROWS_PER_CLUSTER = 50_000, 256
-
-
-@dataclass
-class PoolRows:
-    """What the driver holds of a pool: a few numbers per row, never an image or a caption.
-
-    Attributes
-    ----------
-    pool : Pool
-    uids : pyarrow.ChunkedArray of string
-    ranks : (n,) uint64
-        Place of the uid among all uids: what breaks ties.
-    """
-
-    pool: Pool
-    uids: pa.ChunkedArray
-    ranks: NDArray[np.uint64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Rank the uids."""
-        self.ranks = uid_ranks(self.uids)
-
-    def __len__(self) -> int:
-        return len(self.ranks)
-
-    def random_keys(self, seed: int, purpose: str) -> NDArray[np.uint64]:
-        """Return one random number per row that only the uid and the seed decide."""
-        return row_keys((uid.as_py() for uid in self.uids), seed, purpose)
-
-    def write(self, folder: Path, columns: dict[str, pa.Array | NDArray[Any]]) -> None:
-        """Write columns of the whole pool as parts, those that are missing."""
-        for index in missing_parts(folder, len(self.pool.shards)):
-            shard = self.pool.shards[index]
-            cut = {
-                name: column[shard.first_row : shard.first_row + shard.rows]
-                for name, column in columns.items()
-            }
-            uid = self.uids.slice(shard.first_row, shard.rows)
-            write_part(folder, index, pa.table({"uid": uid, **cut}))
-
-    def read(self, folder: Path, columns: Sequence[str]) -> pa.Table:
-        """Read columns of all parts."""
-        return read_parts(folder, len(self.pool.shards), columns)
-
-    @property
-    def parts(self) -> int:
-        """Number of shards."""
-        return len(self.pool.shards)
-
-
-def floats(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """Return a column as float32, null as NaN."""
-    values: NDArray[np.float32] = column.cast(pa.float32()).to_numpy().astype(np.float32)
-    return values
-
-
-def nullable(values: NDArray[Any], there: NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
-    """Return an array with null where a row has no value."""
-    return pa.array(values, kind, mask=~there)
-
-
-def row_set_fingerprint(rows: NDArray[np.bool_]) -> str:
-    """Return the hash of a set of rows, which is an input of the steps that run on it."""
-    return hashlib.sha256(np.packbits(rows).tobytes()).hexdigest()
 
 
 # --- duplicates -------------------------------------------------------------------------------

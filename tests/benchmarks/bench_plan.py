@@ -16,49 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pipelines.plan_sample import FOLDERS
+from tests.benchmarks.bench_prune import DIMENSIONS, write_pool
 
-DIMENSIONS, PART_ROWS = 512, 250_000
-FOLDERS = {
-    "index": "index",
-    "embed": "embeddings",
-    "score": "scores",
-    "dedup": "duplicates",
-    "cluster": "clusters",
-    "ledger": "selection",
-    "export": "pool",
-}
 FLAGS = ["--keep", "0.28", "--log-format", "json"]
-
-
-def make_pool(folder: Path, rows: int) -> None:
-    """Rows around 1,000 centers of uneven size in clip-retrieval's layout; a fifth are copies."""
-    for name in ("img_emb", "metadata"):
-        (folder / name).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    centers = rng.normal(size=(1000, DIMENSIONS)).astype(np.float32)
-    share = rng.lognormal(sigma=0.7, size=1000)
-    for part, first in enumerate(range(0, rows, PART_ROWS)):
-        count = min(PART_ROWS, rows - first)
-        x = centers[rng.choice(1000, count, p=share / share.sum())]
-        x += 0.9 * rng.standard_normal(x.shape, dtype=np.float32)
-        copies = rng.integers(0, count, count // 5)
-        x[copies] = x[rng.integers(0, count, count // 5)]
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        np.save(folder / "img_emb" / f"img_emb_{part:04d}.npy", x.astype(np.float16))
-        columns = {
-            "uid": [f"{value:032x}" for value in rng.permutation(count) + first],
-            "url": [f"http://example.org/{value}.jpg" for value in range(first, first + count)],
-            "caption": [f"a caption of row {value}" for value in range(first, first + count)],
-            "similarity": rng.random(count, dtype=np.float32),
-        }
-        pq.write_table(
-            pa.table(columns),
-            folder / "metadata" / f"metadata_{part:04d}.parquet",
-            row_group_size=65_536,
-        )
 
 
 def command(verb: str, pool: Path, out: Path) -> tuple[float, float, str]:
@@ -92,7 +53,7 @@ def step_seconds(run: Path) -> dict[str, float]:
 def compare(folder: Path, rows: int, *, run_first: bool) -> None:
     pool, run = folder / "pool", folder / "run"
     # In a process of its own: a child's peak of memory begins at what its parent holds.
-    maker = multiprocessing.get_context("spawn").Process(target=make_pool, args=(pool, rows))
+    maker = multiprocessing.get_context("spawn").Process(target=write_pool, args=(pool, rows))
     maker.start()
     maker.join()
     load = os.getloadavg()[0]

@@ -66,7 +66,7 @@ def test_the_manifest_says_which_precision_auto_was(
 ) -> None:
     pool = make_pool(image_table(20))
     for bf16, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("curate.encoder._cpu_multiplies_bf16", lambda fast=bf16: fast)
+        monkeypatch.setattr("curate.encoder.cpu_multiplies_bf16", lambda fast=bf16: fast)
         embedded(pool, tmp_path / expected, tiny_clip)
         manifest = (tmp_path / expected / "manifest.json").read_text()
         assert f'"precision": "{expected}"' in manifest
