@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curate.clusters import check_clusters
+from curate.clusters import check_clusters, rows_of_clusters
 from curate.nearest import Each, Evidence, RankedRows, later
 from curate.spanning import components
 from curate.threads import in_threads, one_by_one
 from curate.unit_rows import Rows, RowSource, exact_cosine, full_float32, on_grid, row_identity
+
+# Puts the rows of a cluster in the order of their ranks.
+Rank = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
 MODES = ("max-earlier", "connected-components", "greedy")
 # Epsilons above 0.2 are rare: they take images that people tell apart at once for the same.
@@ -112,8 +115,8 @@ def find_duplicates(
         )
         return threshold_duplicates(nearest, evidence, epsilon=epsilon, mode=mode), evidence
     rows = Rows(x, device, block_bytes)
-    members = _ranked(rows.n, cluster, cosine_distance, priority, keys)
-    nearest, evidence = _per_cluster(rows, members, lambda ranked: _greedy(ranked, threshold))
+    members, rank = _ranked(rows.n, cluster, cosine_distance, priority, keys)
+    nearest, evidence = _per_cluster(rows, members, rank, lambda ranked: _greedy(ranked, threshold))
     return np.where(evidence > threshold, nearest, -1), evidence
 
 
@@ -175,8 +178,8 @@ def duplicate_evidence(
             "'connected-components', or call find_duplicates for one epsilon"
         )
     rows = Rows(x, device, block_bytes)
-    members = _ranked(rows.n, cluster, cosine_distance, priority, keys)
-    return _per_cluster(rows, members, methods[_mode(mode)])
+    members, rank = _ranked(rows.n, cluster, cosine_distance, priority, keys)
+    return _per_cluster(rows, members, rank, methods[_mode(mode)])
 
 
 def threshold_duplicates(
@@ -251,8 +254,8 @@ def _ranked(
     cosine_distance: NDArray[np.float32],
     priority: NDArray[np.float64] | None,
     keys: NDArray[np.uint64] | None,
-) -> list[NDArray[np.int64]]:
-    """Return the rows of each cluster of two rows or more, the one that stays first."""
+) -> tuple[list[NDArray[np.int64]], Rank]:
+    """Return the rows of each cluster of two rows or more, and what ranks them."""
     cluster, cosine_distance = np.asarray(cluster), np.asarray(cosine_distance)
     check_clusters(cluster, cosine_distance)
     score = np.asarray(cosine_distance if priority is None else priority, dtype=np.float64)
@@ -261,20 +264,27 @@ def _ranked(
             raise ValueError(
                 f"{name} has shape {values.shape}; x has {n} rows, so it must be ({n},)"
             )
-    last = np.isnan(score)
-    order = np.lexsort((row_identity(keys, n), np.where(last, 0.0, -score), last, cluster))
-    order = order[cluster[order] >= 0]
-    bounds = np.flatnonzero(np.diff(cluster[order])) + 1
-    return [members for members in np.split(order, bounds) if len(members) > 1]
+    identity = row_identity(keys, n)
+
+    def rank(members: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows in their order, the one that stays first; NaN comes last."""
+        order = np.lexsort((identity[members], -score[members]))
+        return members[order]
+
+    return [rows for rows in rows_of_clusters(cluster) if len(rows) > 1], rank
 
 
 def _per_cluster(
-    rows: Rows, clusters: list[NDArray[np.int64]], method: Callable[[RankedRows], Evidence]
+    rows: Rows,
+    clusters: list[NDArray[np.int64]],
+    rank: Rank,
+    method: Callable[[RankedRows], Evidence],
 ) -> Evidence:
     nearest = np.full(rows.n, -1, dtype=np.int64)
     evidence = np.full(rows.n, np.nan, dtype=np.float32)
 
     def work(members: NDArray[np.int64], each: Each) -> None:
+        members = rank(members)
         ranks, similarity = method(RankedRows(rows, members, each))
         nearest[members] = np.where(ranks >= 0, members[ranks], -1)
         evidence[members] = similarity

@@ -1,4 +1,4 @@
-"""Embeddings on disk, in the layout that clip-retrieval writes: one .npy per shard, memory-mapped.
+"""Embeddings on disk, in the layout that clip-retrieval writes: one .npy per shard.
 
 ``img_emb/img_emb_0000.npy`` and ``text_emb/text_emb_0000.npy`` are (rows, d) float16 with unit
 rows, ``metadata/metadata_0000.parquet`` holds `uid`, `status`, `detail` and `text_status`, row by
@@ -7,12 +7,10 @@ row. A row that could not be embedded is a row of zeros with a status that is no
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,8 @@ from numpy.typing import NDArray
 
 from curate.errors import ShardError
 from curate.manifest import atomic_path, read_manifest
-from curate.shards import read_array, write_array, write_parquet
+from curate.sharded_rows import ShardedRows
+from curate.shards import write_array, write_parquet
 
 METADATA = pa.schema(
     [
@@ -35,7 +34,6 @@ OK = "ok"
 BAD_EMBEDDING = "bad_embedding"
 MISSING = "missing"
 _BLOCK_ROWS = 2048
-_MOST_MAPPED = 256 << 20
 _UNIT = 1e-3  # rounding to float16 changes a length by less
 
 
@@ -127,124 +125,6 @@ def _float32(x: NDArray[np.floating]) -> NDArray[np.float32]:
     return wide
 
 
-class ShardedRows:
-    """The rows of several memory-mapped arrays, as if they were one array, without a copy.
-
-    Parameters
-    ----------
-    parts : sequence of (n_i, d) arrays
-    index : (n,) int64, optional
-        Which rows to show, in ascending order; all of them by default.
-
-    Examples
-    --------
-    >>> rows = ShardedRows([np.zeros((2, 3)), np.ones((2, 3))])
-    >>> rows.shape, rows[1:3, ].tolist()
-    ((4, 3), [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    """
-
-    def __init__(
-        self, parts: Sequence[NDArray[np.float16]], index: NDArray[np.int64] | None = None
-    ) -> None:
-        if not parts:
-            raise ValueError("parts must hold at least one array")
-        widths = {part.shape[1] for part in parts}
-        if len(widths) != 1:
-            raise ShardError(
-                f"embeddings are of {min(widths)} numbers in one shard and of {max(widths)} in "
-                "another; all embeddings of a pool need one length"
-            )
-        self._parts = list(parts)
-        self._starts = np.cumsum([0] + [len(part) for part in parts])
-        self._index = index
-        self._touched = 0
-        self.dtype = parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and dimensions."""
-        rows = int(self._starts[-1]) if self._index is None else len(self._index)
-        return rows, int(self._parts[0].shape[1])
-
-    @property
-    def ndim(self) -> int:
-        """Two."""
-        return 2
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def subset(self, index: NDArray[np.int64]) -> ShardedRows:
-        """Return the rows of these numbers (of all the rows), still without a copy."""
-        if self._index is not None:
-            index = self._index[index]
-        return ShardedRows(self._parts, index)
-
-    def __getitem__(
-        self, item: slice | NDArray[np.int64] | tuple[slice | NDArray[np.int64]]
-    ) -> NDArray[np.float16]:
-        key = item[0] if isinstance(item, tuple) else item
-        self._let_go(key)
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            if step != 1:
-                return self._gather(np.arange(start, stop, step))
-            if self._index is None:
-                return self._slice(start, max(start, stop))
-            return self._gather_absolute(self._index[start:stop])
-        return self._gather(np.asarray(key))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self[0 : len(self)], dtype=dtype)
-
-    def __repr__(self) -> str:
-        return f"ShardedRows({self.shape[0]:,} x {self.shape[1]}, {self.dtype})"
-
-    def _let_go(self, key: slice | NDArray[np.int64]) -> None:
-        """Unmap the pages read so far once they are many: else they count as this process's memory.
-
-        The system still keeps what the files hold.
-        """
-        width = self.shape[1] * self.dtype.itemsize
-        if isinstance(key, slice):
-            self._touched += len(range(*key.indices(len(self)))) * width
-        else:  # each row maps the pages that it lies in
-            self._touched += len(key) * max(width, mmap.PAGESIZE)
-        if self._touched < _MOST_MAPPED:
-            return
-        self._touched = 0
-        for part in self._parts:
-            mapped = getattr(part, "_mmap", None)
-            if mapped is not None and hasattr(mapped, "madvise"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-    def _slice(self, start: int, stop: int) -> NDArray[np.float16]:
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        blocks = []
-        for part, offset in zip(self._parts[first:], self._starts[first:], strict=False):
-            if offset >= stop:
-                break
-            blocks.append(part[max(0, start - offset) : stop - offset])
-        if len(blocks) == 1:
-            return blocks[0]
-        return np.concatenate(blocks) if blocks else self._parts[0][:0]
-
-    def _gather(self, index: NDArray[np.int64]) -> NDArray[np.float16]:
-        return self._gather_absolute(index if self._index is None else self._index[index])
-
-    def _gather_absolute(self, index: NDArray[np.int64]) -> NDArray[np.float16]:
-        if len(self._parts) == 1:
-            return np.asarray(self._parts[0][index])
-        out = np.empty((len(index), self.shape[1]), dtype=self.dtype)
-        part_of = np.searchsorted(self._starts, index, side="right") - 1
-        if len(part_of) and part_of.min() == part_of.max():  # most blocks lie in one part
-            return np.asarray(self._parts[part_of[0]][index - self._starts[part_of[0]]])
-        for part in np.unique(part_of):
-            here = part_of == part
-            out[here] = self._parts[part][index[here] - self._starts[part]]
-        return out
-
-
 @dataclass(frozen=True)
 class Embeddings:
     """Unit embeddings of a pool, row by row, with the status of each row.
@@ -291,7 +171,7 @@ class Embeddings:
 
     def _rows(self, path_of: Callable[[Path, int], Path]) -> ShardedRows:
         paths = [path_of(self.path, part) for part in range(self.parts)]
-        return ShardedRows([read_array(path, memory_map=True) for path in paths])
+        return ShardedRows.of_files(paths)
 
     def metadata(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return `uid`, `status`, `detail`, `text_status`, or those asked for."""

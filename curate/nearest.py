@@ -51,7 +51,7 @@ class RankedRows:
     @cached_property
     def _held(self) -> torch.Tensor | None:
         """All rows of a cluster that fits one block: most do, and are then read only once."""
-        if self.size > self.rows.block_rows(0):
+        if self.size > self.rows.held_rows:
             return None
         return self.rows.read(self.members, check=True)
 

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from curate.allocation import allocate, project
-from curate.clusters import Clusters
+from curate.clusters import Clusters, rows_of_clusters
 from curate.complexity import complexity
 from curate.unit_rows import mixed_keys, row_identity
 
@@ -254,14 +254,13 @@ def _rank(
 ) -> NDArray[np.int32]:
     """Return each row's place in its cluster, in the order in which rows are kept."""
     cluster = clusters.cluster
-    order_by: ArrayLike
+    order_by: NDArray[Any]
     if which == "random":
         order_by = mixed_keys(identity, seed, "prune random")
     else:
         order_by = clusters.cosine_distance * np.float32(-1 if which == "hard" else 1)
-    order = np.lexsort((identity, order_by, cluster))
-    order = order[cluster[order] >= 0]
-    starts = np.concatenate(([0], np.cumsum(clusters.counts)))
     rank = np.full(len(cluster), -1, dtype=np.int32)
-    rank[order] = np.arange(len(order)) - starts[cluster[order]]
+    for members in rows_of_clusters(cluster):
+        order = np.lexsort((identity[members], order_by[members]))
+        rank[members[order]] = np.arange(len(members))
     return rank

@@ -133,8 +133,8 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
         file.write(values.reshape(-1).view(np.uint8).data)
 
 
-def read_array(path: Path, *, memory_map: bool = False) -> NDArray[Any]:
-    """Read a .npy file, or map it into memory.
+def read_array(path: Path) -> NDArray[Any]:
+    """Read a .npy file.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def read_array(path: Path, *, memory_map: bool = False) -> NDArray[Any]:
         If the file is missing or damaged.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r" if memory_map else None)
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ShardError(
             f"{path} is missing or damaged ({error}); remove it and run the same command again"

@@ -80,6 +80,11 @@ class Rows:
         return max(1, self.block_bytes // (24 * self.d + 8 * columns))
 
     @property
+    def held_rows(self) -> int:
+        """How many rows fit a block, without products."""
+        return max(1, self.block_bytes // (8 * self.d))
+
+    @property
     def query_rows(self) -> int:
         """Rows of a tile of products: just large enough for fast ones, and in a core's cache."""
         return min(1024 if self.device.type == "cpu" else 8192, self.block_rows(0))

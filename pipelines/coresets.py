@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from coreset.base import Coreset
 from coreset.methods import Method
 from coreset.selecting import select
-from curate.embeddings import OK, Embeddings, ShardedRows
+from curate.embeddings import OK, Embeddings
 from curate.errors import BudgetError, PoolError
 from curate.manifest import StepFolder, check_step, locked, open_step
 from curate.pool import Pool
 from curate.progress import task
 from curate.runtime import resolve_device
 from curate.selection import LEDGER, Selection
+from curate.sharded_rows import ShardedRows
 from curate.shards import missing_parts, read_array, write_array
 from pipelines.config import CoresetConfig
 from pipelines.coreset_params import (

@@ -19,7 +19,7 @@ from typing import Any
 
 from curate.embeddings import image_path
 from curate.runtime import resolve_device
-from curate.shards import read_array
+from curate.sharded_rows import StoredRows
 from pipelines import plan_kernels as kernels
 from pipelines.dry_run import bytes_text
 from pipelines.embed_workers import EncoderSpec
@@ -157,7 +157,7 @@ def _measured(config: PlanConfig, folder: Path) -> Plan:
         few, encoded = encoder_pool(small, rows, folder / "few"), folder / "encoder"
         with quiet():
             load, encode = kernels.time_encoder(untrained(source), few, encoded, clock)
-        width = read_array(image_path(encoded / "second", 0), memory_map=True).shape[1]
+        width = StoredRows(image_path(encoded / "second", 0)).shape[1]
         stand_in = MadeUpRows(width, small.mapping.text is not None)
     run = sample_run(config, small, stand_in, folder)
     if encode:  # the small run's embeddings were made up

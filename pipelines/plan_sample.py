@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from curate import progress
 from curate.columns import IMAGE_STRUCT
-from curate.embeddings import Embeddings, ShardedRows
+from curate.embeddings import Embeddings
 from curate.manifest import open_step, read_manifest
 from curate.parquet import IMAGE_SHARD_ROWS, METADATA_SHARD_ROWS
 from curate.pool import Pool, Shard
 from curate.runtime import rng
+from curate.sharded_rows import ShardedRows
 from curate.shards import write_array, write_parquet
 from curate.sources import SourceFile
 from pipelines.embed_workers import EncoderSpec

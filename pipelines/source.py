@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from curate.embeddings import Embeddings, ShardedRows
+from curate.embeddings import Embeddings
 from curate.errors import PoolError
 from curate.manifest import StepFolder, digest, read_manifest
 from curate.pool import Pool, Shard
+from curate.sharded_rows import ShardedRows, StoredRows
 from curate.sources import SourceFile, fingerprint_files
 from pipelines.config import EmbedConfig, PoolConfig, PruneConfig
 from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec, resolve_precision
@@ -75,15 +76,16 @@ def _numbered_arrays(folder: Path, name: str, rows: int) -> ShardedRows:
             "curate embed or clip-retrieval wrote"
         )
     paths.sort(key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    try:
-        arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-    except (OSError, ValueError, EOFError) as error:
-        raise PoolError(f"{folder / name} holds a damaged file: {error}") from error
-    for path, array in zip(paths, arrays, strict=True):
-        if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] == 0:
+    arrays = []
+    for path in paths:
+        try:
+            arrays.append(StoredRows(path))
+        except (OSError, ValueError, EOFError) as error:
+            raise PoolError(f"{folder / name} holds a damaged file: {error}") from error
+        if arrays[-1].dtype.kind != "f" or arrays[-1].ndim != 2 or arrays[-1].shape[1] == 0:
             raise PoolError(
-                f"{path} holds {array.dtype} of shape {array.shape}; embeddings are a matrix "
-                "(rows, dimensions) of floats"
+                f"{path} holds {arrays[-1].dtype} of shape {arrays[-1].shape}; embeddings are a "
+                "matrix (rows, dimensions) of floats"
             )
     shapes = {array.shape[1:] for array in arrays}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:

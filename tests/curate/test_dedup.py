@@ -266,8 +266,8 @@ def test_large_cluster_is_read_in_tiles(mode):
     x, cluster, distance, _ = planted(0, 300, d=16, clusters=1)
     lazy = Lazy(x)
     options = {"mode": mode, "device": "cpu"}
-    got = find_duplicates(lazy, cluster, distance, block_bytes=40_000, **options)
-    assert 1 < lazy.most <= 40_000 // (24 * 16)
+    got = find_duplicates(lazy, cluster, distance, block_bytes=20_000, **options)
+    assert 1 < lazy.most <= 20_000 // (8 * 16)
     check(got, find_duplicates(torch.from_numpy(x), cluster, distance, **options))
 
 

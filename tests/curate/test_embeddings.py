@@ -5,39 +5,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from curate.embeddings import (
     Embeddings,
-    ShardedRows,
     image_path,
     unit_float16,
     write_embedding_part,
 )
 from curate.errors import ShardError
 from curate.manifest import open_step
-
-
-@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())
-def test_sharded_rows_are_one_array(sizes: list[int], data: st.DataObject) -> None:
-    n = sum(sizes)
-    whole = np.arange(2 * n, dtype=np.float16).reshape(n, 2)
-    parts = np.split(whole, np.cumsum(sizes)[:-1])
-    rows = ShardedRows(parts)
-    assert rows.shape == (n, 2)
-    start, stop = sorted([data.draw(st.integers(0, n)), data.draw(st.integers(0, n))])
-    assert np.array_equal(rows[start:stop], whole[start:stop])
-    assert np.array_equal(rows[::-1], whole[::-1])
-    picked = st.lists(st.integers(0, n - 1), max_size=8) if n else st.just([])
-    index = np.array(data.draw(picked), dtype=np.int64)
-    assert np.array_equal(rows[index], whole[index])
-    index.sort()
-    subset = rows.subset(index)
-    assert np.array_equal(subset[0 : len(index)], whole[index])
-    assert np.array_equal(subset[1:3], whole[index][1:3])
-    again = subset.subset(np.arange(len(index))[::2])
-    assert np.array_equal(again[0 : len(again)], whole[index][::2])
 
 
 def test_unit_rows_of_any_scale() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from curate import kmeans
-from curate.embeddings import ShardedRows
 from curate.lloyd import CODE_BYTES
+from curate.sharded_rows import ShardedRows
 from pipelines import plan, plan_kernels, stages
 from pipelines.cli import run
 from pipelines.config import PruneConfig
