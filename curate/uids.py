@@ -140,23 +140,40 @@ def unique_uids(uids: pa.ChunkedArray | pa.Array, *, derived: bool) -> pa.LargeS
         whole = whole.combine_chunks()
         if isinstance(whole, pa.ChunkedArray):
             whole = pa.concat_arrays(whole.chunks) if whole.num_chunks else pa.array([], whole.type)
-    if len(whole) < 2 or pc.count_distinct(whole).as_py() == len(whole):
+    suspects = _same_hash(whole)
+    codes = whole.take(pa.array(suspects)).dictionary_encode().indices.to_numpy().astype(np.int64)
+    places, occurrence = _positions(codes)
+    if len(places) == 0:
         return whole
-    codes = whole.dictionary_encode().indices.to_numpy().astype(np.int64)
-    rows, occurrence = _positions(codes)
     if not derived:
-        raise _repeated(whole, codes, rows)
-    return _numbered(whole, rows, occurrence)
+        raise _repeated(whole, codes, places, suspects)
+    return _numbered(whole, suspects[places], occurrence)
 
 
-def _repeated(uids: pa.Array, codes: NDArray[np.int64], rows: NDArray[np.int64]) -> PoolError:
+def _same_hash(uids: pa.LargeStringArray) -> NDArray[np.int64]:
+    """Return the rows whose hash is another row's too: a fifth of the time of comparing strings."""
+    import polars as pl
+
+    hashes = pl.Series(pl.from_arrow(uids)).hash().to_numpy()
+    order = np.argsort(hashes)
+    equal = np.diff(hashes[order]) == 0
+    again = np.zeros(len(order), dtype=bool)
+    again[1:] |= equal
+    again[:-1] |= equal
+    return np.sort(order[again])
+
+
+def _repeated(
+    uids: pa.Array, codes: NDArray[np.int64], places: NDArray[np.int64], rows: NDArray[np.int64]
+) -> PoolError:
+    """Return the error; codes and the places of repeats are of some rows of the uids."""
     examples = []
-    _, first_repeats = np.unique(codes[rows], return_index=True)
-    for row in rows[np.sort(first_repeats)][:3]:
-        first = int(np.flatnonzero(codes == codes[row])[0])
+    _, first_repeats = np.unique(codes[places], return_index=True)
+    for place in places[np.sort(first_repeats)][:3]:
+        row, first = rows[place], rows[np.flatnonzero(codes == codes[place])[0]]
         examples.append(f"{uids[int(row)].as_py()!r} (rows {first} and {row})")
     return PoolError(
-        f"{rows.size} rows repeat the uid of an earlier row: {', '.join(examples)}. Uids must be "
+        f"{places.size} rows repeat the uid of an earlier row: {', '.join(examples)}. Uids must be "
         "unique: name another column with --uid-col, derive them with --uid-col '', or drop the "
         "repeated rows (with --overwrite for the same --out)"
     )

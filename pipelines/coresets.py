@@ -247,7 +247,7 @@ class _Choice:
                 f"--selected {self.config.selected}: {len(strange):,} of {len(self.before):,} uids "
                 f"are not in the pool, the first is {strange[0].as_py()!r}"
             )
-        already = pc.is_in(rows.uids, value_set=self.before).to_numpy()
+        already = pc.is_in(rows.uids, value_set=self.before).to_numpy(zero_copy_only=False)
         usable = np.flatnonzero(already & fates.alive)
         if len(usable) < len(self.before):
             self.warn(f"{len(self.before) - len(usable):,} rows of --selected have no embedding")
@@ -392,7 +392,7 @@ def ledger_columns(
     return columns | {
         "kept": pa.array(kept),
         "weight": pa.array(weight),
-        "reason": pa.array(fates.reason, pa.string()),
+        "reason": fates.reason(),
         "detail": detail,
         "rank": nullable(rank, kept, pa.int32()),
         "gain": nullable(gain, np.isfinite(gain), pa.float64()),

@@ -196,12 +196,12 @@ class _Download:
         for part in missing_parts(folder, len(self.pool.shards)):
             write_part(folder, part, self.addresses(part, uids), schema=schema)
 
-    def addresses(self, part: int, uids: pa.ChunkedArray) -> Iterator[pa.RecordBatch]:
+    def addresses(self, part: int, uids: pa.LargeStringArray) -> Iterator[pa.RecordBatch]:
         """Yield the rows of the list that belong to a shard of the pool."""
         shard = self.pool.shards[part]
         row = shard.first_row
         for batch in self.pool.batches(shards=[shard], columns=self.columns.originals):
-            yield self.columns.batch(batch, uids.slice(row, batch.num_rows).combine_chunks())
+            yield self.columns.batch(batch, uids.slice(row, batch.num_rows).cast(pa.string()))
             row += batch.num_rows
 
     def retry(self) -> None:

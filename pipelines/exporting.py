@@ -128,7 +128,8 @@ def export(
     with locked(folder):
         index_pool(opened, folder / "index", executor=executor, overwrite=overwrite)
         uids = read_uids(opened, folder / "index")
-        if not uids.equals(selection.table["uid"].cast(pa.string())):
+        theirs = selection.table["uid"].cast(pa.large_string())
+        if not theirs.equals(pa.chunked_array([uids])):
             raise PoolError("the selection is not of the rows of this pool, in their order")
         step = _write_ledger(opened, selection, folder / "selection", overwrite=overwrite)
         export_pool(opened, step, folder / "pool", executor=executor, overwrite=True)

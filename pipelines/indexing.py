@@ -72,9 +72,10 @@ def _identity(pool: Pool) -> dict[str, Any]:
     }
 
 
-def read_uids(pool: Pool, folder: Path) -> pa.ChunkedArray:
-    """Return the uid of every row, one chunk per shard, from a complete index."""
-    return read_parts(folder, len(pool.shards), ["uid"])["uid"]
+def read_uids(pool: Pool, folder: Path) -> pa.LargeStringArray:
+    """Return the uid of every row, from a complete index."""
+    uids = read_parts(folder, len(pool.shards), ["uid"])["uid"].cast(pa.large_string())
+    return pa.concat_arrays(uids.chunks)  # in one piece, from which taking some is fast
 
 
 def _make_unique(pool: Pool, folder: Path, *, derived: bool) -> None:
@@ -92,7 +93,7 @@ def _make_unique(pool: Pool, folder: Path, *, derived: bool) -> None:
             write_part(folder, shard.index, pa.table({"uid": part}))
 
 
-def uid_ranks(uids: pa.ChunkedArray) -> NDArray[np.uint64]:
+def uid_ranks(uids: pa.LargeStringArray) -> NDArray[np.uint64]:
     """Return the place of each uid in the order of all uids: what breaks ties.
 
     Returns

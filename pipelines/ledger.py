@@ -29,21 +29,23 @@ class Fates:
     ----------
     rows : int
         Of the pool.
-    reason : (n,) object
-        Empty for rows that are alive.
     alive : (n,) bool
+    code : (n,) uint8
+        What `reasons` calls the row's fate; 0 for rows that are alive.
+    reasons : list of str
     stages : list of dict
         Rows in, dropped per reason and out of each stage, for the manifest.
     """
 
     rows: int
-    reason: NDArray[np.object_] = field(init=False)
     alive: NDArray[np.bool_] = field(init=False)
+    code: NDArray[np.uint8] = field(init=False)
+    reasons: list[str] = field(default_factory=lambda: [""])
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """All rows are alive."""
-        self.reason = np.full(self.rows, "", dtype=object)
+        self.code = np.zeros(self.rows, dtype=np.uint8)
         self.alive = np.ones(self.rows, dtype=bool)
 
     def drop(self, stage: str, causes: dict[str, NDArray[np.bool_]]) -> None:
@@ -52,7 +54,7 @@ class Fates:
         dropped = {}
         for reason, rows in causes.items():
             rows = rows & self.alive
-            self.reason[rows] = reason
+            self.code[rows] = self._code(reason)
             self.alive[rows] = False
             dropped[reason] = int(rows.sum())
         after = int(self.alive.sum())
@@ -62,12 +64,21 @@ class Fates:
 
     def keep_the_rest(self) -> None:
         """Say of the rows that are alive that they are kept."""
-        self.reason[self.alive] = "kept"
+        self.code[self.alive] = self._code("kept")
+
+    def _code(self, reason: str) -> int:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return self.reasons.index(reason)
+
+    def reason(self, rows: slice = slice(None)) -> pa.StringArray:
+        """Return the reasons of some rows; empty for those that are alive."""
+        return pa.DictionaryArray.from_arrays(self.code[rows], self.reasons).cast(pa.string())
 
     def counts(self) -> dict[str, int]:
         """Return the rows per reason, the most frequent first."""
-        names, counts = np.unique(self.reason.astype(str), return_counts=True)
-        pairs = zip(names.tolist(), counts.tolist(), strict=True)
+        counts = np.bincount(self.code, minlength=len(self.reasons)).tolist()
+        pairs = ((name, n) for name, n in zip(self.reasons, counts, strict=True) if n)
         return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
@@ -133,15 +144,15 @@ def write_ledger(
 def _part(rows: PoolRows, fates: Fates, evidence: Evidence, index: int) -> pa.Table:
     shard = rows.pool.shards[index]
     span = slice(shard.first_row, shard.first_row + shard.rows)
-    reason = fates.reason[span]
-    kept = (reason == "kept").astype(bool)
+    reason = fates.reason(span)
+    kept = pc.equal(reason, "kept").to_numpy(zero_copy_only=False)
     found = evidence.found
     clustered = found.cluster[span] >= 0
     columns = {
-        "uid": rows.uids.slice(shard.first_row, shard.rows),
+        "uid": rows.shard_uids(index),
         "kept": pa.array(kept),
         "weight": pa.array(kept.astype(np.float32)),
-        "reason": pa.array(reason, pa.string()),
+        "reason": reason,
         "detail": evidence.detail.slice(shard.first_row, shard.rows),
         "cluster": nullable(found.cluster[span], clustered, pa.int32()),
         "rank": pa.nulls(shard.rows, pa.int32()),
@@ -155,7 +166,7 @@ def _part(rows: PoolRows, fates: Fates, evidence: Evidence, index: int) -> pa.Ta
         score = evidence.score[span]
         columns["clip_score"] = nullable(score, np.isfinite(score), pa.float32())
     if evidence.duplicates is not None:
-        duplicate = reason == "duplicate"
+        duplicate = pc.equal(reason, "duplicate").to_numpy(zero_copy_only=False)
         of = np.where(duplicate, evidence.duplicates.duplicate_of[span], 0)
         columns["duplicate_of"] = rows.uids.take(pa.array(of, mask=~duplicate))
     return pa.table(columns).cast(LEDGER)

@@ -25,13 +25,14 @@ class PoolRows:
     Attributes
     ----------
     pool : Pool
-    uids : pyarrow.ChunkedArray of string
+    uids : pyarrow.LargeStringArray
+        Two thousand million bytes of them, the most of a string array, are 67 million rows.
     ranks : (n,) uint64
         Place of the uid among all uids: what breaks ties.
     """
 
     pool: Pool
-    uids: pa.ChunkedArray
+    uids: pa.LargeStringArray
     ranks: NDArray[np.uint64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,16 +46,21 @@ class PoolRows:
         """Return one random number per row that only the uid and the seed decide."""
         return row_keys((uid.as_py() for uid in self.uids), seed, purpose)
 
+    def shard_uids(self, index: int) -> pa.StringArray:
+        """Return the uids of a shard's rows."""
+        shard = self.pool.shards[index]
+        return self.uids.slice(shard.first_row, shard.rows).cast(pa.string())
+
     def write(self, folder: Path, columns: dict[str, pa.Array | NDArray[Any]]) -> None:
         """Write columns of the whole pool as parts, those that are missing."""
         for index in missing_parts(folder, len(self.pool.shards)):
             shard = self.pool.shards[index]
-            cut = {
-                name: column[shard.first_row : shard.first_row + shard.rows]
-                for name, column in columns.items()
-            }
-            uid = self.uids.slice(shard.first_row, shard.rows)
-            write_part(folder, index, pa.table({"uid": uid, **cut}))
+            span = slice(shard.first_row, shard.first_row + shard.rows)
+            cut = {name: column[span] for name, column in columns.items()}
+            for name, column in cut.items():
+                if isinstance(column, pa.LargeStringArray):  # which only a whole pool needs
+                    cut[name] = column.cast(pa.string())
+            write_part(folder, index, pa.table({"uid": self.shard_uids(index), **cut}))
 
     def read(self, folder: Path, columns: Sequence[str]) -> pa.Table:
         """Read columns of all parts."""

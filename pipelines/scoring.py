@@ -45,12 +45,12 @@ def score_step(
         with task("score", total=len(rows), done=done) as advance:
             for index in todo:
                 score = _shard_scores(rows.pool, embeddings, index, source)
-                shard = rows.pool.shards[index]
-                uid = rows.uids.slice(shard.first_row, shard.rows)
                 there = np.isfinite(score)
                 column = nullable(score, there, pa.float32())
-                write_part(folder, index, pa.table({"uid": uid, "clip_score": column}))
-                advance(shard.rows)
+                write_part(
+                    folder, index, pa.table({"uid": rows.shard_uids(index), "clip_score": column})
+                )
+                advance(len(score))
         step.finish(rows=len(rows), parts=rows.parts)
     return step, floats(rows.read(folder, ["clip_score"])["clip_score"])
 

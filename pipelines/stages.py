@@ -104,9 +104,8 @@ def dedup_step(
     if not step.complete or missing_parts(folder, rows.parts):
         nearest, similarity = _evidence(rows, embeddings, step, alive, score, keep, config)
         there = nearest >= 0
-        taken = rows.uids.take(pa.array(np.where(there, nearest, 0))).combine_chunks()
         columns = {
-            "nearest": pa.compute.if_else(pa.array(there), taken, pa.scalar(None, pa.string())),
+            "nearest": rows.uids.take(pa.array(nearest, mask=~there)),
             "nearest_row": nullable(nearest, there, pa.int64()),
             "cosine_similarity": nullable(similarity, np.isfinite(similarity), pa.float32()),
         }

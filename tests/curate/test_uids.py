@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -62,3 +63,17 @@ def test_unique_uids_are_unique_and_keep_the_first(names, size):
     for row, name in enumerate(names):
         if names.index(name) == row:
             assert got[row].as_py() == name
+
+
+def test_only_equal_uids_are_repeats_not_equal_hashes(monkeypatch):
+    """Rows whose hashes collide are compared themselves."""
+    import polars as pl
+
+    collide = lambda self: pl.Series(np.zeros(len(self), dtype=np.uint64))  # noqa: E731
+    monkeypatch.setattr(pl.Series, "hash", collide)
+    different = pa.array(["b", "a", "c"])
+    assert unique_uids(different, derived=False).to_pylist() == ["b", "a", "c"]
+    again = pa.array(["b", "a", "b", "c", "a", "b"])
+    assert unique_uids(again, derived=True).to_pylist() == ["b", "a", "b-1", "c", "a-1", "b-2"]
+    with pytest.raises(PoolError, match=r"'b' \(rows 0 and 2\)"):
+        unique_uids(again, derived=False)
