@@ -7,10 +7,11 @@ row. A row that could not be embedded is a row of zeros with a status that is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from curate.errors import ShardError
 from curate.manifest import atomic_path, read_manifest
 from curate.sharded_rows import ShardedRows
-from curate.shards import write_array, write_parquet
+from curate.shards import write_array, write_blocks, write_parquet
 
 METADATA = pa.schema(
     [
@@ -69,8 +70,36 @@ def write_embedding_part(
     for path, array in ((image_path(folder, part), image), (text_path(folder, part), text)):
         if array is not None:
             write_array(path, array)
+    write_metadata(folder, part, metadata)
+
+
+def write_metadata(folder: Path, part: int, metadata: pa.Table) -> None:
+    """Write the metadata of a part of which all else is written."""
     with atomic_path(metadata_path(folder, part)) as temporary:
         write_parquet(temporary, metadata.cast(METADATA))
+
+
+def write_unit_rows(path: Path, x: Any) -> NDArray[np.bool_]:
+    """Write what `unit_float16` makes of (n, d) rows, block by block; return which are good.
+
+    Parameters
+    ----------
+    path : Path
+    x : array, or anything of that shape that slices give arrays of
+    """
+    good = np.empty(x.shape[0], dtype=np.bool_)
+
+    def blocks() -> Iterator[NDArray[np.float16]]:
+        for start in range(0, len(good), _BLOCK_ROWS):
+            part = slice(start, start + _BLOCK_ROWS)
+            rows, good[part] = _unit_block(x[part])
+            yield rows
+
+    from curate.threads import one_thread  # and torch with it
+
+    with one_thread():  # blocks are small, and several files are written side by side
+        write_blocks(path, blocks(), tuple(x.shape), np.float16)
+    return good
 
 
 def unit_float16(x: NDArray[np.floating]) -> tuple[NDArray[np.float16], NDArray[np.bool_]]:

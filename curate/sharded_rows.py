@@ -104,6 +104,18 @@ class StoredRows:
         return ShardError(f"{self.path} is shorter than when it was opened; start again")
 
 
+class RowRange:
+    """A range of the rows of a source, of which slices are read when they are asked for."""
+
+    def __init__(self, rows: ShardedRows, first: int, count: int) -> None:
+        self._rows, self._first = rows, first
+        self.shape = (count, rows.shape[1])
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        start, stop, _ = part.indices(self.shape[0])
+        return self._rows[self._first + start : self._first + stop]
+
+
 class ShardedRows:
     """The rows of several arrays or files, as if they were one array, without a copy.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from curate.errors import ShardError
 from curate.manifest import atomic_path
@@ -123,14 +123,23 @@ def missing_parts(folder: Path, parts: int) -> list[int]:
 
 
 def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a .npy file, whole or not at all.
+    """Write a .npy file, whole or not at all."""
+    write_blocks(path, [array], array.shape, array.dtype)
+
+
+def write_blocks(
+    path: Path, blocks: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: DTypeLike
+) -> None:
+    """Write a .npy file of that shape, whole or not at all, from blocks of its rows.
 
     Not by `np.save`: where the disk is full that says how many items were written, but not why.
     """
-    values = np.ascontiguousarray(array)
+    empty = np.empty((0, *shape[1:]), dtype)
+    header = np.lib.format.header_data_from_array_1_0(empty) | {"shape": shape}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
-        file.write(values.reshape(-1).view(np.uint8).data)
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8).data)
 
 
 def read_array(path: Path) -> NDArray[Any]:

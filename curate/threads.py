@@ -50,10 +50,10 @@ def one_by_one(work: Callable[[T], Any], items: Iterable[T]) -> None:
 
 
 @contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device | None = None) -> Iterator[None]:
     """Keep the operations of torch on one thread: small ones wait more than they gain."""
     cores = torch.get_num_threads()
-    if device.type != "cpu" or cores == 1:
+    if (device is not None and device.type != "cpu") or cores == 1:
         yield
         return
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,12 @@ from curate.embeddings import (
     BAD_EMBEDDING,
     MISSING,
     OK,
+    image_path,
+    text_path,
     unit_float16,
     write_embedding_part,
+    write_metadata,
+    write_unit_rows,
 )
 from curate.errors import PoolError
 from curate.manifest import digest, file_sha256
@@ -219,6 +223,7 @@ class ImportWorker:
     source: Any
     index: Path
     out: Path
+    in_threads: ClassVar[bool] = True
 
     @cached_property
     def width(self) -> int:
@@ -230,17 +235,17 @@ class ImportWorker:
         """Import the rows of one shard."""
         image, text = self.source.rows_of(self.pool.shards[shard])
         if image.shape[1] == 0:  # every row of the shard is null
-            image = np.full((len(image), self.width), np.nan, dtype=np.float32)
+            image = np.full((image.shape[0], self.width), np.nan, dtype=np.float32)
         if image.shape[1] != self.width:
             raise PoolError(
                 f"{self.pool.shards[shard].label} has embeddings of {image.shape[1]} numbers, "
                 f"shards before it of {self.width}; all embeddings of a pool need one length"
             )
-        vectors, good = unit_float16(image)
-        uids = read_part(self.index, shard, ["uid"])["uid"]
-        text_vectors, text_good = (None, np.zeros(len(good), bool))
+        good = write_unit_rows(image_path(self.out, shard), image)
+        text_good = np.zeros(len(good), bool)
         if text is not None:
-            text_vectors, text_good = unit_float16(text)
+            text_good = write_unit_rows(text_path(self.out, shard), text)
+        uids = read_part(self.index, shard, ["uid"])["uid"]
         columns = [
             uids,
             _either(good, OK, BAD_EMBEDDING),
@@ -248,8 +253,8 @@ class ImportWorker:
             _either(text_good, OK, MISSING),
         ]
         metadata = pa.table(columns, names=["uid", "status", "detail", "text_status"])
-        write_embedding_part(self.out, shard, image=vectors, text=text_vectors, metadata=metadata)
-        return ShardReport(shard, len(vectors))
+        write_metadata(self.out, shard, metadata)
+        return ShardReport(shard, len(good))
 
 
 def _either(which: NDArray[np.bool_], yes: str | None, no: str | None) -> pa.Array:

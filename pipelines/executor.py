@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +26,9 @@ class ShardReport:
     rows: int
 
 
+# Called for each shard; one with `in_threads` may be called for several at a time.
 Worker = Callable[[int], ShardReport]
+_MOST_THREADS = 8
 
 
 class Executor(Protocol):
@@ -65,7 +67,10 @@ class LocalExecutor:
             return
         if self.runs_here(shards):
             worker = make_worker()
-            yield from map(worker, shards)
+            if getattr(worker, "in_threads", False):
+                yield from _in_threads(worker, shards)
+            else:
+                yield from map(worker, shards)
             return
         workers = min(self.workers, len(shards))
         context = multiprocessing.get_context("spawn")
@@ -87,6 +92,19 @@ class LocalExecutor:
             finally:
                 for future in futures:
                     future.cancel()
+
+
+def _in_threads(worker: Worker, shards: Sequence[int]) -> Iterator[ShardReport]:
+    """Run several shards at a time of a worker that leaves Python's lock to others."""
+    threads = min(len(shards), os.cpu_count() or 1, _MOST_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(worker, shard) for shard in shards]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 _worker: Worker | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ class IndexWorker:
 
     pool: Pool
     folder: Path
+    in_threads: ClassVar[bool] = True
 
     def __call__(self, shard: int) -> ShardReport:
         """Read or derive the uids of the shard's rows."""

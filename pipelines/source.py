@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from curate.embeddings import Embeddings
 from curate.errors import PoolError
 from curate.manifest import StepFolder, digest, read_manifest
 from curate.pool import Pool, Shard
-from curate.sharded_rows import ShardedRows, StoredRows
+from curate.sharded_rows import RowRange, ShardedRows, StoredRows
 from curate.sources import SourceFile, fingerprint_files
 from pipelines.config import EmbedConfig, PoolConfig, PruneConfig
 from pipelines.embed_workers import DEFAULT_MODEL, EncoderSpec, resolve_precision
@@ -49,10 +48,11 @@ class FolderEmbeddings:
         there = (self.path / "text_emb").is_dir()
         return _numbered_arrays(self.path, "text_emb", self.rows) if there else None
 
-    def rows_of(self, shard: Shard) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Return the rows of a shard, as they are stored."""
-        span = slice(shard.first_row, shard.first_row + shard.rows)
-        return self._image[span], None if self._text is None else self._text[span]
+    def rows_of(self, shard: Shard) -> tuple[RowRange, RowRange | None]:
+        """Return the rows of a shard, as they are stored, which are read in blocks."""
+        image, text = self._image, self._text
+        ranges = RowRange(image, shard.first_row, shard.rows)
+        return ranges, None if text is None else RowRange(text, shard.first_row, shard.rows)
 
     def files(self) -> list[SourceFile]:
         """Return the files, for the fingerprint."""
