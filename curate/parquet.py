@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from curate.errors import CurateError, PoolError, ShardError
 from curate.sources import Shard, SourceFile, open_file
@@ -183,7 +185,19 @@ def _conform(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def read_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.RecordBatch]:
+def only(batches: Iterator[pa.RecordBatch], kept: NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
+    """Yield of each batch the rows that are kept."""
+    start = 0
+    for batch in batches:
+        chosen = batch.filter(pa.array(kept[start : start + batch.num_rows]))
+        start += batch.num_rows
+        if chosen.num_rows:
+            yield chosen
+
+
+def read_batches(
+    shard: Shard, schema: pa.Schema, rows: int, kept: NDArray[np.bool_] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Read a shard as a stream.
 
     Parameters
@@ -194,6 +208,8 @@ def read_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.Reco
         The columns to read, in this order.
     rows : int
         The most rows of a batch; fewer where rows are large.
+    kept : (r,) bool, optional
+        Which of the shard's rows; row groups without any are not read.
 
     Yields
     ------
@@ -219,8 +235,13 @@ def read_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.Reco
         sizes = [parquet.metadata.row_group(group) for group in groups]
         widest = max(size.total_byte_size // max(size.num_rows, 1) for size in sizes)
         rows = max(1, min(rows, BATCH_BYTES // max(widest, 1)))
-        batches = parquet.iter_batches(rows, row_groups=list(groups), columns=schema.names)
-        while (batch := next(batches, None)) is not None:
+        wanted = list(groups)
+        if kept is not None:
+            parts = np.split(kept, np.cumsum([size.num_rows for size in sizes])[:-1])
+            wanted = [group for group, part in zip(groups, parts, strict=True) if part.any()]
+            kept = np.concatenate([part for part in parts if part.any()] or [kept[:0]])
+        batches = parquet.iter_batches(rows, row_groups=wanted, columns=schema.names)
+        for batch in batches if kept is None else only(batches, kept):
             yield _conform(batch, schema)
 
 

@@ -178,11 +178,22 @@ class Pool:
                 raise no_such_column(name, self.schema.names, "columns")
         return pa.schema([self.schema.field(name) for name in names], self.schema.metadata)
 
-    def _read(self, shard: Shard, names: Sequence[str], most: int) -> Iterator[pa.RecordBatch]:
+    def _read(
+        self,
+        shard: Shard,
+        names: Sequence[str],
+        most: int,
+        kept: NDArray[np.bool_] | None = None,
+    ) -> Iterator[pa.RecordBatch]:
         if most < 1:
             raise ValueError(f"rows must be at least 1, got {most}")
-        read = tar_rows.read_tar_batches if shard.row_groups is None else parquet.read_batches
-        return parquet.coalesce(read(shard, self._subset(names), most), most)
+        schema = self._subset(names)
+        if shard.row_groups is not None:
+            return parquet.coalesce(parquet.read_batches(shard, schema, most, kept), most)
+        batches = tar_rows.read_tar_batches(shard, schema, most)
+        if kept is not None:
+            batches = parquet.only(batches, kept)
+        return parquet.coalesce(batches, most)
 
     def batches(
         self,
@@ -353,12 +364,8 @@ class Pool:
                 f"{mask.dtype} of shape {mask.shape}"
             )
         schema, image = self.export_schema(), self.mapping.image
-        start = 0
-        for batch in self._read(shard, self.schema.names, rows):
-            chosen = batch.filter(pa.array(mask[start : start + batch.num_rows]))
-            start += batch.num_rows
-            if chosen.num_rows:
-                yield from export_batches(chosen, schema, image=image, folder=self.image_folder)
+        for batch in self._read(shard, self.schema.names, rows, mask):
+            yield from export_batches(batch, schema, image=image, folder=self.image_folder)
 
     def fingerprint(self) -> str:
         """Return a digest of the files and the mapping that does not depend on where they lie.

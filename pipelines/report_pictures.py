@@ -132,7 +132,7 @@ def _rows(pool: Pool, index: int, rows: list[int]) -> Iterator[dict[str | None, 
     mapping = pool.mapping
     names = {name for name in (mapping.uid, mapping.image, mapping.text) if name is not None}
     # The export, not `samples`: where images are files, it opens only those of the chosen rows.
-    for batch in pool.export_batches(shard, mask):
+    for batch in pool.export_batches(shard, mask, 65_536 if mapping.image is None else 256):
         yield from batch.select(sorted(names)).to_pylist()
 
 

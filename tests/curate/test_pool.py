@@ -2,6 +2,7 @@ import pickle
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,6 +110,26 @@ def test_damaged_pages(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(ShardError, match=r"a\.parquet \(row groups 0 to 9\) is damaged"):
         everything(pool)
+
+
+def test_row_groups_without_a_kept_row_are_not_read(tmp_path):
+    """A report that shows ten rows of a shard of a gigabyte reads ten row groups."""
+    data = table(1000)
+    path = write(tmp_path / "a.parquet", data, row_group_size=100)
+    pool = Pool.open(path)
+    raw = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    stop = pq.ParquetFile(path).metadata.row_group(3).column(0).dictionary_page_offset or 0
+    assert 0 < start < stop
+    raw[start:stop] = b"\xff" * (stop - start)
+    path.write_bytes(raw)
+    kept = np.zeros(1000, dtype=bool)
+    kept[[0, 17, 99, 301, 999]] = True
+    (batch,) = pool.export_batches(pool.shards[0], kept)
+    assert batch["text"].to_pylist() == data["text"].filter(pa.array(kept)).to_pylist()
+    kept[150] = True
+    with pytest.raises(ShardError, match="damaged"):
+        list(pool.export_batches(pool.shards[0], kept))
 
 
 def test_a_file_that_changes_afterwards(tmp_path):
