@@ -88,8 +88,12 @@ def _step(reach: float) -> float:
 
 
 def _dither(name: str, centre: torch.Tensor) -> torch.Tensor:
-    uniform = rng(0, "dither", name).random(len(centre), dtype=np.float32) - np.float32(0.5)
-    return torch.from_numpy(uniform).to(centre.device)
+    return _uniform(name, len(centre)).to(centre.device)
+
+
+@cache
+def _uniform(name: str, d: int) -> torch.Tensor:
+    return torch.from_numpy(rng(0, "dither", name).random(d, dtype=np.float32) - np.float32(0.5))
 
 
 @dataclass(frozen=True)

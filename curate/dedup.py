@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from curate.clusters import check_clusters, rows_of_clusters
 from curate.nearest import Each, Evidence, RankedRows, later
 from curate.spanning import components
-from curate.threads import in_threads, one_by_one
+from curate.threads import in_threads, on_stream, one_by_one
 from curate.unit_rows import Rows, RowSource, exact_cosine, full_float32, on_grid, row_identity
 
 # Puts the rows of a cluster in the order of their ranks.
@@ -283,19 +283,24 @@ def _per_cluster(
     nearest = np.full(rows.n, -1, dtype=np.int64)
     evidence = np.full(rows.n, np.nan, dtype=np.float32)
 
-    def work(members: NDArray[np.int64], each: Each) -> None:
-        members = rank(members)
-        ranks, similarity = method(RankedRows(rows, members, each))
+    def work(number: int, each: Each) -> None:
+        members = rank(clusters[number])
+        device = rows.devices[number % len(rows.devices)]
+        with on_stream(device):
+            ranks, similarity = method(RankedRows(rows.on(device), members, each))
         nearest[members] = np.where(ranks >= 0, members[ranks], -1)
         evidence[members] = similarity
 
     most = 8 * rows.block_rows(0)  # above it, one cluster has blocks for many threads
-    with full_float32(), in_threads(rows.device) as each:
-        # Small clusters side by side; the blocks of a large one.
-        each(partial(work, each=one_by_one), [c for c in clusters if len(c) <= most])
-        for members in clusters:
-            if len(members) > most:
-                work(members, each)
+    large = [number for number, members in enumerate(clusters) if len(members) > most]
+    with full_float32(), in_threads(*rows.devices) as each:
+        # Small clusters side by side; on a CPU, the blocks of a large one.
+        small = np.setdiff1d(np.arange(len(clusters)), large).tolist()
+        if rows.device.type != "cpu":
+            small, large = [*large, *small], []
+        each(partial(work, each=one_by_one), small)
+        for number in large:
+            work(number, each)
     return nearest, evidence
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from PIL import Image
 from curate.fast_blocks import TextTower, is_causal, speed_up
 from curate.model_sources import Network, build_network
 from curate.runtime import cpu_multiplies_bf16, resolve_device
+from curate.threads import in_threads, one_by_one
 
 T = TypeVar("T")
 
@@ -234,7 +234,12 @@ class TorchEncoder:
                 vectors[places] = unit.cpu().numpy()
 
         with _exact_kernels(self.device):
-            _on_each_core(work, runs, self.device)
+            if self.device.type != "cpu":
+                one_by_one(work, runs)
+                return vectors
+            # A sum that torch splits depends on how many threads there are: here none is.
+            with in_threads(self.device, most=torch.get_num_threads()) as each:
+                each(work, runs)
         return vectors
 
 
@@ -327,24 +332,6 @@ def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:
     if len(rows) == size:
         return rows
     return torch.cat([rows, rows[:1].expand(size - len(rows), *rows.shape[1:])])
-
-
-def _on_each_core(work: Callable[[T], None], items: Sequence[T], device: torch.device) -> None:
-    """Call a function on each item: on a CPU by as many threads as torch has, each on one core.
-
-    A sum that torch splits over threads depends on how many there are; here none is split.
-    """
-    cores = torch.get_num_threads()
-    if device.type != "cpu" or cores == 1:
-        for item in items:
-            work(item)
-        return
-    try:
-        with ThreadPoolExecutor(cores, "encode", torch.set_num_threads, (1,)) as pool:
-            for _ in pool.map(work, items):
-                pass
-    finally:
-        torch.set_num_threads(cores)  # a part of what the threads set is the process's
 
 
 @contextmanager

@@ -121,6 +121,19 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return resolved
 
 
+def resolve_devices(device: str | torch.device = "auto") -> list[torch.device]:
+    """Return the devices to share work between: ``"auto"`` is all GPUs, or the CPU.
+
+    In a worker process, and for any other name, it is the one of `resolve_device`.
+    """
+    import torch
+
+    first = resolve_device(device)
+    if device != "auto" or first.type != "cuda" or WORKER_VARIABLE in os.environ:
+        return [first]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
 def cpu_multiplies_bf16() -> bool:
     """Tell whether bf16 is faster than float32 on this CPU: without AVX512-BF16 or AMX it is not.
 

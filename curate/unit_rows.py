@@ -8,20 +8,22 @@ it is exact, whatever the order of summation, the block size, the threads or the
 - hence dot products of two unit vectors are exact in float64 (fewer than 2^53 steps of 2^-52), and
   so are the sums of up to 2^27 rows (2^29 of float16) and of 2^29 distances.
 
-The fast float32 products only propose: what lies within `tolerance` of a tie is decided exactly.
+The fast products (`curate.codes`) only propose: what lies within `tolerance` of a tie is decided
+exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curate.runtime import resolve_device, rng
+from curate.runtime import resolve_devices, rng
 
 ROW_GRID = 2.0**26
 CENTROID_GRID = 2.0**24
@@ -48,7 +50,7 @@ class Rows:
     x : (n, d) float16 or float32
         NumPy array or memory map, tensor, or anything that `RowSource` describes.
     device : str or torch.device
-        Where the blocks go.
+        Where the blocks go; ``"auto"`` is all GPUs where there are some.
     block_bytes : int, optional
         About how much memory a block and its products may take; 64 MiB on a CPU, where more is
         no faster, and 1 GiB on a GPU. Results do not depend on it.
@@ -71,9 +73,16 @@ class Rows:
             raise ValueError(f"block_bytes is {block_bytes}; it must be at least 1, or None")
         self.source = x
         self.n, self.d = int(shape[0]), int(shape[1])
-        self.device = resolve_device(device)
+        self.devices = resolve_devices(device)
+        self.device = self.devices[0]
         default = 1 << 30 if self.device.type == "cuda" else 64 << 20
         self.block_bytes = block_bytes or default
+
+    def on(self, device: torch.device) -> Rows:
+        """Return the same rows, read to one of `devices`."""
+        other = copy(self)
+        other.device, other.devices = device, [device]
+        return other
 
     def block_rows(self, columns: int) -> int:
         """Return how many rows fit a block when each also fills that many float32 products."""
@@ -115,7 +124,9 @@ class Rows:
         """Return stored rows as `read` does; `check` names them if they are to be checked."""
         if not block.dtype.is_floating_point:
             raise TypeError(f"x has dtype {block.dtype}; use float16, float32 or float64 rows")
-        wide = block.to(self.device).float()
+        if self.device.type == "cuda" and block.device.type == "cpu":
+            block = block.pin_memory()  # from which a copy runs beside what the device computes
+        wide = block.to(self.device, non_blocking=True).float()
         if check is not None:
             _check_unit(wide, check)
         if block.dtype != torch.float16:  # whose values lie on the grid
@@ -161,30 +172,6 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def fast_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the (len(a), len(b)) dot products, each within `tolerance` / 2 of the exact one.
-
-    The one place where the big products are made: a faster type goes here and into `tolerance`.
-    """
-    return a @ b.T
-
-
-def top_two(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each row's largest value, where it is, and the second, -inf if there is none."""
-    if products.device.type == "cpu":
-        # NumPy's argmax is vectorised: twice as fast as torch.topk, measured on 2 cores.
-        array, every = products.numpy(), np.arange(len(products))
-        at = array.argmax(axis=1)
-        first = array[every, at]
-        array[every, at] = -np.inf
-        second = array.max(axis=1)
-        array[every, at] = first
-        return torch.from_numpy(first), torch.from_numpy(at), torch.from_numpy(second)
-    values, index = products.topk(min(2, products.shape[1]), dim=1)
-    second = values[:, 1] if values.shape[1] == 2 else torch.full_like(values[:, 0], -torch.inf)
-    return values[:, 0], index[:, 0], second
 
 
 def tolerance(d: int) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curate import dedup, kmeans, seeding
-from curate.lloyd import CODE_BYTES, Lloyd
+from curate.lloyd import Lloyd, code_bytes
 from curate.pool import Pool
 from curate.runtime import rng
 from curate.unit_rows import Rows, RowSource, full_float32, row_identity, unit_centroids
@@ -136,7 +136,7 @@ def time_kmeans(
             centroids, cluster, moves = fitted.centroids, fitted.cluster, fitted.iterations
         else:
             # The codes of many rows are not kept: a sample's are not either then.
-            lloyd = Lloyd(sample, centroids, once=rows * sample.d > CODE_BYTES)
+            lloyd = Lloyd(sample, centroids, once=rows * sample.d > code_bytes(sample.device))
             limits = config.kmeans_iterations, identity, None, None, config.kmeans_tolerance
             moves = lloyd.run(*limits)
             lloyd.settle(identity)

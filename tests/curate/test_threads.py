@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from curate.threads import in_threads, one_by_one, one_thread
+from curate.threads import in_threads, on_stream, one_by_one, one_thread
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # nothing is put on a device here
 
@@ -77,15 +77,27 @@ def test_an_error_between_calls_gives_the_threads_back():
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize(("device", "threads"), [(CPU, 1), (CUDA, 2)])
-def test_one_core_or_a_gpu_works_in_order_and_here(device, threads):
-    torch.set_num_threads(threads)
+def test_one_core_works_in_order_and_here():
+    torch.set_num_threads(1)
     seen = []
-    with in_threads(device) as each:
+    with in_threads(CPU) as each:
         assert each is one_by_one
         each(lambda item: seen.append((item, threading.get_ident())), range(5))
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == 1
     assert seen == [(item, threading.get_ident()) for item in range(5)]
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_two_threads_for_each_gpu(gpus):
+    """One reads rows while the other waits for the device."""
+    together = threading.Barrier(2 * gpus, timeout=30)
+    with in_threads(*[CUDA] * gpus) as each:
+        each(lambda item: together.wait(), range(4 * gpus))
+
+
+def test_a_stream_is_for_gpus_only():
+    with on_stream(CPU):
+        assert torch.ones(2).sum() == 2
 
 
 def test_more_cores_than_threads_share_them(monkeypatch):
