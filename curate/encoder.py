@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from curate.cuda_graph import Captured
 from curate.fast_blocks import TextTower, is_causal, speed_up
 from curate.model_sources import Network, build_network
 from curate.runtime import cpu_multiplies_bf16, resolve_device
@@ -115,6 +116,8 @@ class TorchEncoder:
         self._layout = torch.channels_last
         if on_cpu and speed_up(self._module):
             self._layout = torch.contiguous_format
+        encode: Any = self._module.encode_image if self.has_text else self._module
+        self._encode_image = Captured(encode) if device.type == "cuda" else encode
         causal = self.has_text and is_causal(self._module)
         self._text = TextTower(self._module, fast=on_cpu) if causal else None
 
@@ -154,11 +157,12 @@ class TorchEncoder:
         """
         if batch.ndim != 4:
             raise ValueError(f"a batch is (b, 3, height, width); got {tuple(batch.shape)}")
-        encode: Any = self._module.encode_image if self.has_text else self._module
 
         def forward(rows: torch.Tensor) -> torch.Tensor:
+            if self.device.type == "cuda":
+                rows = rows.pin_memory()
             rows = rows.to(self.device, _DTYPES[self.precision], non_blocking=True)
-            features: torch.Tensor = encode(rows.contiguous(memory_format=self._layout))
+            features: torch.Tensor = self._encode_image(rows.contiguous(memory_format=self._layout))
             return features
 
         spans = range(0, len(batch), self._run_rows)

@@ -37,6 +37,7 @@ from pipelines.plan_sample import (
 )
 from pipelines.plan_steps import Rates, Step, Workload, predict, workload
 from pipelines.source import open_pool, resolve_source
+from pipelines.stages import effective_dedup_keep, ranks_by_distance
 
 _ENCODER_PASSES = 2  # of the rows that are embedded to time it
 
@@ -183,7 +184,14 @@ def _measured(config: PlanConfig, folder: Path) -> Plan:
 def _rates(config: PlanConfig, work: Workload, run: SampleRun, folder: Path) -> Rates:
     dedup = compare = None
     if work.dedup_clusters:
-        dedup = kernels.time_kmeans(run.embeddings, work.dedup_clusters, work.fit_rows, config)
+        keep = effective_dedup_keep(config, scored=run.has_scores)
+        dedup = kernels.time_kmeans(
+            run.embeddings,
+            work.dedup_clusters,
+            work.fit_rows,
+            config,
+            distances=ranks_by_distance(keep),
+        )
         size = work.usable / work.dedup_clusters
         compare = kernels.time_compare(run.embeddings, size, config)
     return Rates(

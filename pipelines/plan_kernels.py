@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,19 @@ def sample_clusters(k: int, rows: int, sample: int) -> int:
 
 
 def time_kmeans(
-    x: RowSource, k: int, rows: int, config: PruneConfig, clock: Clock = time.perf_counter
+    x: RowSource,
+    k: int,
+    rows: int,
+    config: PruneConfig,
+    clock: Clock = time.perf_counter,
+    *,
+    distances: bool = True,
 ) -> KMeansTimes:
-    """Time k-means on a sample `x` as `curate.kmeans.fit` would go about `k` clusters of `rows`."""
+    """Time k-means on a sample `x` as `curate.kmeans.fit` would go about `k` clusters of `rows`.
+
+    And the assignment of rows to such clusters, with or without `distances`.
+    """
+    assign = kmeans.assign if distances else kmeans.assign_only
     counted = CountedRows(x)
     sample = Rows(counted, config.device)
     few, identity = sample_clusters(k, rows, sample.n), row_identity(None, sample.n)
@@ -143,16 +154,19 @@ def time_kmeans(
             centroids, cluster = lloyd.centroids, lloyd.cluster
         marks.append(clock())
     start, fit = np.diff(marks).tolist()
-    assign = _time_assign(x, centroids, cluster, k, config.device, clock)
-    return KMeansTimes(few, start, fit / sample.n, counted.read / sample.n, max(moves, 1), assign)
+    line = _time_assign(
+        partial(assign, device=config.device), x, centroids, cluster, k=k, clock=clock
+    )
+    return KMeansTimes(few, start, fit / sample.n, counted.read / sample.n, max(moves, 1), line)
 
 
 def _time_assign(
+    assign: Callable[[RowSource, NDArray[np.float32]], Any],
     x: RowSource,
     centroids: NDArray[np.float32],
     cluster: NDArray[np.int32],
+    *,
     k: int,
-    device: str,
     clock: Clock,
 ) -> Line:
     """Time assignment to these centroids, and to as many as there will be."""
@@ -160,7 +174,7 @@ def _time_assign(
     rows = np.asarray(x[some])
 
     def point(centers: NDArray[np.float32]) -> tuple[float, float]:
-        again = [timed(lambda: kmeans.assign(rows, centers, device=device), clock) for _ in "abc"]
+        again = [timed(lambda: assign(rows, centers), clock) for _ in "abc"]
         return len(centers), float(np.median(again)) / len(rows)
 
     many = min(k, _MOST_CENTROIDS)

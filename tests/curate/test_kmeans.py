@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curate import kmeans
-from curate.kmeans import Clusters, assign, fit
+from curate.kmeans import Clusters, assign, assign_only, fit
 from curate.runtime import row_keys
 from curate.unit_rows import mixed_keys, unit_centroids
 
@@ -324,3 +324,12 @@ def test_a_fit_goes_on_from_any_checkpoint(after):
     rest = fit(x, 12, iterations=15 - done, init=seen[done], device="cpu")
     assert np.array_equal(rest.centroids, whole.centroids)
     assert done + rest.iterations == whole.iterations
+
+
+def test_clusters_alone_are_those_with_distances():
+    x = mixture(400)
+    expected = assign(x, x[:7], device="cpu")[0]
+    np.testing.assert_array_equal(assign_only(x, x[:7], device="cpu"), expected)
+    np.testing.assert_array_equal(assign_only(x, x[:7], device="cpu", block_bytes=5000), expected)
+    with pytest.raises(ValueError, match="same encoder"):
+        assign_only(x, x[:7, :-1], device="cpu")
