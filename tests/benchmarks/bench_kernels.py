@@ -12,7 +12,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -30,7 +32,7 @@ def pool(rows: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(1000, DIMENSIONS)).astype(np.float32)
     x = centers[rng.integers(0, 1000, rows)]
-    x += 0.9 * rng.normal(size=x.shape).astype(np.float32)
+    x += 0.9 * rng.standard_normal(x.shape, dtype=np.float32)
     copies = rng.integers(0, rows, rows // 5)
     x[copies] = x[rng.integers(0, rows, rows // 5)]
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -115,15 +117,24 @@ def measure(name: str, x: np.ndarray) -> None:
     index.add(centroids)
     compare(
         f"{name}: assignment to {CLUSTERS} centroids; faiss.IndexFlatIP.search",
+        lambda: kmeans.assign_only(x, centroids),
+        lambda: index.search(wide, 1),
+    )
+    compare(
+        f"{name}: the same with exact distances",
         lambda: kmeans.assign(x, centroids),
         lambda: index.search(wide, 1),
     )
-    cluster, distance = kmeans.assign(x, centroids)
-    compare(
-        f"{name}: duplicates in {CLUSTERS} clusters, max-earlier; the published algorithm",
-        lambda: dedup.find_duplicates(x, cluster, distance),
-        lambda: published_dedup(x, cluster, distance),
-    )
+    del wide
+    for rows in (len(x) // 5, len(x)):
+        some = x[:rows]
+        cluster, distance = kmeans.assign(some, centroids)
+        compare(
+            f"{name}: duplicates, {CLUSTERS} clusters of {rows // CLUSTERS:,} rows; the published "
+            "algorithm",
+            partial(dedup.find_duplicates, some, cluster, distance),
+            partial(published_dedup, some, cluster, distance),
+        )
     means = ", ".join(f"{who} {value:.4f}" for who, value in objective.items())
     notes.append(f"{name}: mean cosine similarity after k-means: {means}")
 
@@ -136,16 +147,36 @@ def measure_many_centroids(x: np.ndarray) -> None:
     wide = some.astype(np.float32)
     compare(
         f"assignment of {len(some):,} rows to 50,000 centroids; faiss.IndexFlatIP.search",
-        lambda: kmeans.assign(some, centroids),
+        lambda: kmeans.assign_only(some, centroids),
         lambda: index.search(wide, 1),
     )
+
+
+def large_cluster(rows: int) -> None:
+    """Print what duplicates take where one cluster holds three tenths of the rows."""
+    x = pool(rows)
+    cluster = np.random.default_rng(0).integers(1, CLUSTERS, rows).astype(np.int32)
+    cluster[: 3 * rows // 10] = 0
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew
+    held = _resident("VmRSS")
+    seconds = timed(lambda: dedup.find_duplicates(x, cluster, np.zeros(rows, np.float32)))
+    grown = (_resident("VmHWM") - held) / 2**20
+    sys.stdout.write(
+        f"- {rows:,} rows, three tenths of them in one cluster: {seconds:.0f} s, {grown:.2f} GiB\n"
+    )
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 notes: list[str] = []
 
 
 def main() -> None:
-    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 200_000
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "faiss-cpu", "numpy"))
     sys.stdout.write(
         f"{rows:,} x {DIMENSIONS} float16, {os.cpu_count()} cores, {platform.machine()}, "
@@ -155,7 +186,9 @@ def main() -> None:
     measure("clusters", pool(rows))
     measure("no clusters", spread_pool(rows))
     measure_many_centroids(pool(rows))
-    sys.stdout.write("\n" + "\n".join(notes) + "\n")
+    sys.stdout.write("\n" + "\n".join(f"- {note}" for note in notes) + "\n")
+    sys.stdout.flush()
+    large_cluster(rows)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def test_interrupted_it_leaves_nothing(
     pool = make_pool(embedded_table(100, images=False), shards=2)
     before, seen = snapshot(tmp_path), []
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         seen.extend(tmp_path.glob(".curate-plan-*/run/report.html"))
         raise KeyboardInterrupt
 
