@@ -125,7 +125,6 @@ def measure(name: str, x: np.ndarray) -> None:
         lambda: kmeans.assign(x, centroids),
         lambda: index.search(wide, 1),
     )
-    del wide
     for rows in (len(x) // 5, len(x)):
         some = x[:rows]
         cluster, distance = kmeans.assign(some, centroids)
@@ -157,8 +156,7 @@ def large_cluster(rows: int) -> None:
     x = pool(rows)
     cluster = np.random.default_rng(0).integers(1, CLUSTERS, rows).astype(np.int32)
     cluster[: 3 * rows // 10] = 0
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     held = _resident("VmRSS")
     seconds = timed(lambda: dedup.find_duplicates(x, cluster, np.zeros(rows, np.float32)))
     grown = (_resident("VmHWM") - held) / 2**20
