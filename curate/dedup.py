@@ -21,6 +21,7 @@ Rank = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 MODES = ("max-earlier", "connected-components", "greedy")
 # Epsilons above 0.2 are rare: they take images that people tell apart at once for the same.
 LEAST_SIMILARITY = 0.8
+_FEW = 256  # rows of a cluster
 
 
 def find_duplicates(
@@ -305,6 +306,8 @@ def _per_cluster(
 
 
 def _max_earlier(ranked: RankedRows, least: float) -> Evidence:
+    if ranked.size <= min(_FEW, ranked.rows.block_rows(ranked.size)):
+        return _of_few(ranked, least)
     first = ranked.firsts()
     distinct = np.flatnonzero(first == np.arange(ranked.size))
     nearest = np.full(ranked.size, -1, dtype=np.int64)
@@ -317,6 +320,17 @@ def _max_earlier(ranked: RankedRows, least: float) -> Evidence:
     nearest[copies] = np.where(similarity[kind] == 1.0, nearest[kind], kind)
     similarity[copies] = 1.0
     return nearest, similarity
+
+
+def _of_few(ranked: RankedRows, least: float) -> Evidence:
+    """Compare all pairs exactly: of few rows that takes less than to propose some."""
+    rows = ranked.read(np.arange(ranked.size)).double()
+    similar = on_grid(exact_cosine(rows, rows), -1.0).cpu().numpy()
+    similar = np.where(np.tri(len(rows), k=-1, dtype=bool), similar, -np.inf)
+    nearest = similar.argmax(axis=1)  # the first among equals
+    best = similar[np.arange(len(rows)), nearest]
+    there = best >= least
+    return np.where(there, nearest, -1), np.where(there, best, np.nan).astype(np.float32)
 
 
 def _greedy(ranked: RankedRows, threshold: float) -> Evidence:

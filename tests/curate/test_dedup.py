@@ -4,9 +4,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curate import dedup
 from curate.dedup import MODES, duplicate_evidence, find_duplicates, threshold_duplicates
 from curate.search import Exact
 from tests.references import dedup_reference
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_large_clusters():
+    """Small ones are worked on in a way of their own."""
+    before, dedup._FEW = dedup._FEW, 0
+    yield
+    dedup._FEW = before
 
 
 def unit(a):
@@ -47,21 +56,24 @@ def check(got, expected):
     block_bytes=st.sampled_from([None, 3000]),
     dtype=st.sampled_from([np.float16, np.float32]),
     complete=st.booleans(),
+    few=st.sampled_from([0, 20, 256]),
 )
-def test_equals_the_definition(mode, seed, n, epsilon, block_bytes, dtype, complete):
+def test_equals_the_definition(mode, seed, n, epsilon, block_bytes, dtype, complete, few):
     x, cluster, distance, keys = planted(seed, n, dtype=dtype)
     expected = dedup_reference.find_duplicates(x, cluster, distance, epsilon, mode, keys=keys)
-    got = find_duplicates(
-        x,
-        cluster,
-        distance,
-        epsilon=epsilon,
-        mode=mode,
-        keys=keys,
-        least_similarity=-1 if complete else None,
-        device="cpu",
-        block_bytes=block_bytes,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "_FEW", few)
+        got = find_duplicates(
+            x,
+            cluster,
+            distance,
+            epsilon=epsilon,
+            mode=mode,
+            keys=keys,
+            least_similarity=-1 if complete else None,
+            device="cpu",
+            block_bytes=block_bytes,
+        )
     if mode == "max-earlier" and not complete:
         with np.errstate(invalid="ignore"):
             above = expected[1] >= min(0.8, 1 - epsilon)

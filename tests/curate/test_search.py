@@ -18,6 +18,7 @@ TYPES = ("int8", "float32")
 
 
 def use(monkeypatch, kind):
+    monkeypatch.setattr("curate.dedup._FEW", 0)
     for module in (code_module, lloyd, nearest_rows, kmeans):
         monkeypatch.setattr(module, "product_type", lambda device: kind)
 
