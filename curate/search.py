@@ -268,22 +268,27 @@ class _Search:
         row, column = _not_below(product, floor)
         if len(row) == 0:
             return
+        at = (torch.from_numpy(part).to(product.device) for part in (row, column))
+        value = product[tuple(at)].cpu().numpy()
         new = np.flatnonzero(np.diff(row, prepend=-1))
+        if not self.ranks:  # the tile's best of each row raise the floors
+            least = value - (0 if slack is None else slack[column])
+            here = row[new]
+            found = np.maximum.reduceat(least, new) - self.slack[rows.start + here]
+            floor[here] = np.maximum(floor[here], found)  # in place: they are `self.floor`'s
+            left = value >= floor[row]
+            row, column, value = row[left], column[left], value[left]
+            new = np.flatnonzero(np.diff(row, prepend=-1))
         if len(row) > _DENSE * len(new):
             here = row[new]
             close = product[torch.from_numpy(here).to(product.device)]
             far = close < torch.from_numpy(floor[here]).to(close.device)[:, None]
             similar = exact.dense(here + rows.start, start + np.arange(product.shape[1]))
             best = similar.masked_fill_(far, -torch.inf).argmax(dim=1)  # the first of several
-            row, column, new = here, best.cpu().numpy(), np.arange(len(here))
-        at = (torch.from_numpy(part).to(product.device) for part in (row, column))
-        value = product[tuple(at)].cpu().numpy()
+            row, column = here, best.cpu().numpy()
+            at = (torch.from_numpy(part).to(product.device) for part in (row, column))
+            value = product[tuple(at)].cpu().numpy()
         self.candidates.append((row + rows.start, column + start, value))
-        if not self.ranks:
-            least = value - (0 if slack is None else slack[column])
-            there = rows.start + row[new]
-            found = np.maximum.reduceat(least, new) - self.slack[there]
-            self.floor[there] = np.maximum(self.floor[there], found)
 
     def settle(self, exact: Exact, unit: float) -> Found:
         """Decide between the columns that are left."""
