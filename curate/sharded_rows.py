@@ -14,7 +14,7 @@ from curate.errors import ShardError
 
 # Files of more bytes than this in all, or more of them, are not mapped: each page that was read
 # counts as this process's memory, and each map holds a file open.
-_MOST_MAPPED, _MOST_FILES = 1 << 30, 128
+MOST_MAPPED, _MOST_FILES = 1 << 30, 128
 _DENSE = 4  # of so many rows one is wanted: reading those between costs less than a call for each
 
 
@@ -168,7 +168,7 @@ class ShardedRows:
                     f"{path} is missing or damaged ({error}); remove it and run the same command "
                     "again"
                 ) from error
-        if len(parts) <= _MOST_FILES and sum(part.nbytes for part in parts) <= _MOST_MAPPED:
+        if len(parts) <= _MOST_FILES and sum(part.nbytes for part in parts) <= MOST_MAPPED:
             parts = [part.map() for part in parts if isinstance(part, StoredRows)]
         return cls(parts)
 

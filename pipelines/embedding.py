@@ -56,7 +56,7 @@ def embed(pool: str | Path | Pool, *, encoder: str | None = None, **options: Any
     Returns
     -------
     curate.Embeddings
-        Row-aligned with the pool, memory-mapped.
+        Row-aligned with the pool, read by need.
 
     Raises
     ------

@@ -236,7 +236,6 @@ def _found(work: Workload, rates: Rates, run: SampleRun) -> Iterator[str]:
 
 def _taken(config: PlanConfig, work: Workload, memory: int, *, made_up: bool) -> Iterator[str]:
     """Say what was not measured at all."""
-    yield "memory is without memory-mapped embeddings, which make way where memory is short"
     if made_up or not config.pool:
         yield "embeddings were made up: a real pool can have more duplicates and skew"
     if not config.pool:
@@ -252,4 +251,4 @@ def _taken(config: PlanConfig, work: Workload, memory: int, *, made_up: bool) ->
     if config.workers > 1:
         yield f"measured with one process, though --workers is {config.workers}"
     if config.gpus:
-        yield "all GPUs embed, one clusters and compares; they do not wait for the decoders"
+        yield "all GPUs embed, clustering is reckoned with one; they do not wait for the decoders"

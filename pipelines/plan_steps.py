@@ -14,6 +14,7 @@ from curate.embeddings import Embeddings
 from curate.lloyd import CODE_BYTES
 from curate.pool import Pool
 from curate.runtime import resolve_device
+from curate.sharded_rows import MOST_MAPPED
 from pipelines import stages
 from pipelines.embed_workers import EncoderSpec
 from pipelines.plan_config import PlanConfig
@@ -140,6 +141,8 @@ def predict(work: Workload, rates: Rates, run: SampleRun, memory: int) -> tuple[
             seconds += run.seconds[part.line].at(work.rows)
         written = run.written.get(part.line, 0) * work.rows / run.rows
         peak = run.memory_bytes + part.row_bytes * (work.rows - run.rows) + part.held
+        if part.embeddings:
+            peak += max(0, _mapped(work.rows, work) - _mapped(run.rows, work))
         sizes = round(part.read_bytes), round(written), round(peak)
         steps.append(Step(part.step, part.rows, *sizes, seconds))
     return tuple(sorted(steps, key=lambda step: _ORDER.index(step.step.split()[0])))
@@ -189,6 +192,12 @@ def _clustered(work: Workload, rates: Rates, run: SampleRun) -> Iterator[Part]:
         read, seconds = passes * n * row, n * seconds
         yield Part("dedup compare", n, read, 2 * uid + 120, "dedup", seconds, embeddings=True)
     yield fit("cluster fit", work.left, work.clusters, rates.cluster, uid + 80)
+
+
+def _mapped(rows: int, work: Workload) -> int:
+    """Return the memory of embeddings that are mapped: those of small pools."""
+    size = 2 * rows * work.dimensions
+    return size if size <= MOST_MAPPED else 0
 
 
 def _code_bytes(rows: int, work: Workload) -> int:

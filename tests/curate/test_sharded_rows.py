@@ -42,7 +42,7 @@ def stored(folder: Path, parts: list[np.ndarray]) -> list[Path]:
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_rows_of_files(tmp_path, monkeypatch, mapped, order):
     """Mapped or read by need: the same rows for slices, and for numbers near and far apart."""
-    monkeypatch.setattr(sharded_rows, "_MOST_MAPPED", mapped)
+    monkeypatch.setattr(sharded_rows, "MOST_MAPPED", mapped)
     g = np.random.default_rng(0)
     whole = g.standard_normal((4000, 3)).astype(np.float16)
     parts = [np.asarray(part, order=order) for part in np.split(whole, [0, 7, 7, 1500, 2000])]
@@ -76,7 +76,7 @@ def test_many_files_hold_none_open(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wanted", [slice(0, 100), np.arange(100), np.array([3, 99])])
 def test_a_file_that_shrinks_is_told(tmp_path, monkeypatch, wanted):
-    monkeypatch.setattr(sharded_rows, "_MOST_MAPPED", 0)
+    monkeypatch.setattr(sharded_rows, "MOST_MAPPED", 0)
     (path,) = stored(tmp_path, [np.zeros((100, 8))])
     rows = ShardedRows.of_files([path])
     with path.open("r+b") as file:
