@@ -41,7 +41,7 @@ class StoredRows:
             self._mapped.nbytes,
         )
         self._offset = getattr(self._mapped, "offset", 0)
-        if self._mapped.flags.c_contiguous:
+        if self._mapped.flags.c_contiguous and hasattr(os, "pread"):
             self._mapped = None
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class StoredRows:
         return array
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
-        if self._mapped is not None:  # column by column: no row lies in one place
+        if self._mapped is not None:  # column by column, or no system to read it otherwise
             return np.asarray(self._mapped[rows])
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
@@ -91,10 +91,10 @@ class StoredRows:
             number = file.fileno()
             if hasattr(os, "posix_fadvise"):  # do not read on behind each row
                 os.posix_fadvise(number, 0, 0, os.POSIX_FADV_RANDOM)
-            data = b"".join([os.pread(number, width, offset) for offset in offsets])
+            data = bytearray().join([os.pread(number, width, offset) for offset in offsets])
         if len(data) != len(rows) * width:
             raise self._changed()
-        return np.frombuffer(bytearray(data), self.dtype).reshape(len(rows), *self.shape[1:])
+        return np.frombuffer(data, self.dtype).reshape(len(rows), *self.shape[1:])
 
     @property
     def _width(self) -> int:

@@ -28,7 +28,7 @@ class ShardReport:
 
 # Called for each shard; one with `in_threads` may be called for several at a time.
 Worker = Callable[[int], ShardReport]
-_MOST_THREADS = 8
+_MOST_THREADS = 4  # each may hold a shard
 
 
 class Executor(Protocol):
