@@ -294,10 +294,16 @@ def _int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(a_padded, b_padded.T)[: len(a), : len(b)]
 
 
+def squares_type(d: int) -> torch.dtype:
+    """Return the integers that hold the squared distances of (n, d) codes."""
+    return torch.int32 if 4 * d * _LEVELS**2 < 2**31 else torch.int64
+
+
 def exact_int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the (len(a), len(b)) int64 products of int8 codes, the same on every device."""
+    """Return the (len(a), len(b)) products of int8 codes, the same on every device."""
+    whole = squares_type(a.shape[1])
     if product_type(a.device.type) == "int8":
-        return _int_product(a, b).long()
+        return _int_product(a, b).to(whole)
     # Sums of fewer than 2^24 are exact in float32 too, of fewer than 2^53 in float64.
     wide = torch.float32 if a.shape[1] * _LEVELS**2 < 2**24 else torch.float64
-    return (a.to(wide) @ b.to(wide).T).long()
+    return (a.to(wide) @ b.to(wide).T).to(whole)

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curate.codes import exact_int_product
+from curate.codes import exact_int_product, squares_type
 from curate.lloyd import Lloyd
 from curate.runtime import rng
 from curate.threads import one_thread
 from curate.unit_rows import ROW_GRID, Rows, mixed_keys, unit_centroids
 
-_SEED_ROWS, _SAMPLE_ROWS = 20, 64  # per cluster
+_SEED_ROWS, _SAMPLE_ROWS = 10, 64  # per cluster
 _LEAST_ROWS = 4096
 _SAMPLE_ITERATIONS = 10
 # More clusters than this are drawn several at a time.
@@ -65,7 +65,7 @@ def _plus_plus(
     rows: Rows, sample: NDArray[np.int64], k: int, generator: np.random.Generator
 ) -> NDArray[np.float32]:
     codes = _integers(rows, sample)
-    squares = (codes.int() ** 2).sum(dim=1)
+    squares = (codes.int() ** 2).sum(dim=1, dtype=squares_type(rows.d))
     weight = torch.ones_like(squares)  # the first draw is uniform
     chosen: list[int] = []
     first = True

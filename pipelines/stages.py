@@ -99,7 +99,7 @@ def dedup_step(
     if keep == "clip-score":
         inputs["scores"] = score_fingerprint
     step = open_step(
-        folder, step="dedup", step_version=2, params=params, inputs=inputs, overwrite=True
+        folder, step="dedup", step_version=3, params=params, inputs=inputs, overwrite=True
     )
     if not step.complete or missing_parts(folder, rows.parts):
         nearest, similarity = _evidence(rows, embeddings, step, alive, score, keep, config)
@@ -341,7 +341,7 @@ def cluster_step(
     step = open_step(
         folder,
         step="cluster",
-        step_version=2,
+        step_version=3,
         params={
             "clusters": k,
             "kmeans_iterations": config.kmeans_iterations,
