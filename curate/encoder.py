@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ from curate.fast_blocks import TextTower, is_causal, speed_up
 from curate.model_sources import Network, build_network
 from curate.runtime import cpu_multiplies_bf16, resolve_device
 from curate.threads import in_threads, one_by_one
-
-T = TypeVar("T")
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

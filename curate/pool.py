@@ -187,13 +187,8 @@ class Pool:
     ) -> Iterator[pa.RecordBatch]:
         if most < 1:
             raise ValueError(f"rows must be at least 1, got {most}")
-        schema = self._subset(names)
-        if shard.row_groups is not None:
-            return parquet.coalesce(parquet.read_batches(shard, schema, most, kept), most)
-        batches = tar_rows.read_tar_batches(shard, schema, most)
-        if kept is not None:
-            batches = parquet.only(batches, kept)
-        return parquet.coalesce(batches, most)
+        read = tar_rows.read_tar_batches if shard.row_groups is None else parquet.read_batches
+        return parquet.coalesce(read(shard, self._subset(names), most, kept), most)
 
     def batches(
         self,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from curate.columns import ALIASES, IMAGE_STRUCT
 from curate.errors import PoolError, ShardError
-from curate.parquet import BATCH_BYTES
+from curate.parquet import BATCH_BYTES, only
 from curate.sources import Shard, SourceFile, open_file
 from curate.tar import (
     IMAGE_EXTENSIONS,
@@ -155,7 +157,9 @@ def _wanted(schema: pa.Schema) -> frozenset[str]:
     return frozenset(wanted)
 
 
-def read_tar_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.RecordBatch]:
+def read_tar_batches(
+    shard: Shard, schema: pa.Schema, rows: int, kept: NDArray[np.bool_] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Read a tar shard as a stream of rows; members that no column needs are passed over.
 
     Parameters
@@ -166,6 +170,8 @@ def read_tar_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.
         The columns to read, some of `tar_schema`'s.
     rows : int
         The most rows of a batch; fewer where images are large.
+    kept : (r,) bool, optional
+        Which of the shard's rows.
 
     Yields
     ------
@@ -176,6 +182,11 @@ def read_tar_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.
     ShardError
         If the file is damaged, or not the one that was opened.
     """
+    batches = _tar_batches(shard, schema, rows)
+    yield from batches if kept is None else only(batches, kept)
+
+
+def _tar_batches(shard: Shard, schema: pa.Schema, rows: int) -> Iterator[pa.RecordBatch]:
     held: list[dict[str, Any]] = []
     size = total = 0
     with open_file(shard.path) as opened:
