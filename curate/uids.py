@@ -150,8 +150,21 @@ def unique_uids(uids: pa.ChunkedArray | pa.Array, *, derived: bool) -> pa.LargeS
     return _numbered(whole, suspects[places], occurrence)
 
 
+def narrow(part: pa.LargeStringArray) -> pa.StringArray:
+    """Return a part of a pool's uids as they are stored, wherever in the pool it lies.
+
+    A cast alone fails behind the first 2 GiB, as it takes the offsets of a slice as they are.
+
+    Examples
+    --------
+    >>> narrow(pa.array(["a", "b"], pa.large_string()).slice(1)).type
+    DataType(string)
+    """
+    return pa.concat_arrays([part]).cast(pa.string())
+
+
 def _same_hash(uids: pa.LargeStringArray) -> NDArray[np.int64]:
-    """Return the rows whose hash is another row's too: a quarter of the time of comparing strings."""
+    """Return the rows whose hash is another row's too: four times as fast as comparing them."""
     import polars as pl
 
     hashes = pl.Series(pl.from_arrow(uids)).hash().to_numpy()

@@ -22,6 +22,7 @@ from curate.manifest import StepFolder, locked, open_step
 from curate.pool import Pool
 from curate.progress import task
 from curate.shards import missing_parts, write_part
+from curate.uids import narrow
 from pipelines.download_shards import ImageShards, merge_retried, write_failed
 from pipelines.executor import LocalExecutor
 from pipelines.img2dataset_process import Fetch, Img2datasetProcess, find_img2dataset, wait
@@ -201,7 +202,7 @@ class _Download:
         shard = self.pool.shards[part]
         row = shard.first_row
         for batch in self.pool.batches(shards=[shard], columns=self.columns.originals):
-            yield self.columns.batch(batch, uids.slice(row, batch.num_rows).cast(pa.string()))
+            yield self.columns.batch(batch, narrow(uids.slice(row, batch.num_rows)))
             row += batch.num_rows
 
     def retry(self) -> None:

@@ -16,6 +16,7 @@ from curate.manifest import StepFolder, digest, open_step
 from curate.pool import Pool, unique_uids
 from curate.progress import task
 from curate.shards import missing_parts, read_parts, write_part
+from curate.uids import narrow
 from pipelines.executor import Executor, ShardReport
 
 _DERIVED_LENGTH = 32  # hexadecimal digits of a derived uid, before the number of a repeat
@@ -89,7 +90,7 @@ def _make_unique(pool: Pool, folder: Path, *, derived: bool) -> None:
         base = pa.chunked_array(chunks, pa.string())
     unique = unique_uids(base, derived=derived)
     for shard in pool.shards:
-        part = unique.slice(shard.first_row, shard.rows).cast(pa.string())
+        part = narrow(unique.slice(shard.first_row, shard.rows))
         if not part.equals(written.slice(shard.first_row, shard.rows).combine_chunks()):
             write_part(folder, shard.index, pa.table({"uid": part}))
 

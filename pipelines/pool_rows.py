@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from curate.pool import Pool
 from curate.runtime import row_keys
 from curate.shards import missing_parts, read_parts, write_part
+from curate.uids import narrow
 from pipelines.indexing import uid_ranks
 
 
@@ -49,7 +50,7 @@ class PoolRows:
     def shard_uids(self, index: int) -> pa.StringArray:
         """Return the uids of a shard's rows."""
         shard = self.pool.shards[index]
-        return self.uids.slice(shard.first_row, shard.rows).cast(pa.string())
+        return narrow(self.uids.slice(shard.first_row, shard.rows))
 
     def write(self, folder: Path, columns: dict[str, pa.Array | NDArray[Any]]) -> None:
         """Write columns of the whole pool as parts, those that are missing."""
@@ -59,7 +60,7 @@ class PoolRows:
             cut = {name: column[span] for name, column in columns.items()}
             for name, column in cut.items():
                 if isinstance(column, pa.LargeStringArray):  # which only a whole pool needs
-                    cut[name] = column.cast(pa.string())
+                    cut[name] = narrow(column)
             write_part(folder, index, pa.table({"uid": self.shard_uids(index), **cut}))
 
     def read(self, folder: Path, columns: Sequence[str]) -> pa.Table:

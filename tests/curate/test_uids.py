@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from curate.errors import PoolError
 from curate.pool import Pool, unique_uids
+from curate.uids import narrow
 from tests.curate.pools import table, uids_of, write
 
 
@@ -77,3 +78,16 @@ def test_only_equal_uids_are_repeats_not_equal_hashes(monkeypatch):
     assert unique_uids(again, derived=True).to_pylist() == ["b", "a", "b-1", "c", "a-1", "b-2"]
     with pytest.raises(PoolError, match=r"'b' \(rows 0 and 2\)"):
         unique_uids(again, derived=False)
+
+
+def test_a_part_behind_the_first_two_gigabytes_is_stored():
+    """Uids of 67 million rows and more: the memory before the part is never touched here."""
+    size = 2**31 + 100
+    data = np.zeros(size, dtype=np.uint8)
+    data[-10:] = ord("a")
+    offsets = np.array([0, 5, size - 10, size])
+    buffers = pa.py_buffer(offsets), pa.py_buffer(data)
+    uids = pa.LargeStringArray.from_buffers(3, *buffers)
+    part = narrow(uids.slice(2))
+    assert part.type == pa.string() and part.to_pylist() == ["a" * 10]
+    assert narrow(uids.take(pa.array([None, 2]))).to_pylist() == [None, "a" * 10]
